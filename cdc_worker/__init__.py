@@ -1,0 +1,1 @@
+"""Keeps documents in Convex equal to rows in an application's Postgres."""

@@ -1,0 +1,175 @@
+"""The commands. `cdc-worker --help` teaches; what a command does is in the module of its name."""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from typing import Annotated
+
+import psycopg
+import structlog
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from cdc_worker import backfill as rescans
+from cdc_worker.catalog import Plan, check
+from cdc_worker.database import Database
+from cdc_worker.errors import CdcError, ConfigError, SchemaError
+from cdc_worker.logs import configure_logs
+from cdc_worker.migrate import migrate as bring_up_to_date
+from cdc_worker.mirrors import Mirror, load_mirrors
+from cdc_worker.settings import Settings, load_settings
+from cdc_worker.worker import Worker
+
+app = typer.Typer(
+    name="cdc-worker",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="""Keeps documents in Convex equal to rows in your Postgres.
+
+    Triggers note which rows changed; the worker reads them and mirrors them: nothing lost, nothing doubled,
+    nothing back in time.
+
+    First `migrate`, on each deploy; then `run`, for ever. Settings come from the environment: DATABASE_URL, CONVEX_URL,
+    CONVEX_DEPLOY_KEY; which rows become which documents is in cdc_worker.toml (or CDC_CONFIG).
+    """,
+)
+
+log = structlog.get_logger()
+_EXIT_CONFIG = 2
+
+
+def _start() -> tuple[Settings, tuple[Mirror, ...]]:
+    settings = load_settings()
+    configure_logs(settings.log_level, settings.log_format)
+    return settings, load_mirrors(settings.config)
+
+
+@app.command()
+def run() -> None:
+    """Mirror changes to Convex until told to stop.
+
+    SIGTERM or Ctrl-C: stops reading, finishes what is under way, notes how far it got, exits 0. A second one
+    exits at once; what was under way is delivered again by the next start.
+    """
+    settings, mirrors = _start()
+    asyncio.run(_run(Worker(settings, mirrors)))
+
+
+async def _run(worker: Worker) -> None:
+    loop = asyncio.get_running_loop()
+    asked = False
+
+    def stop(name: str) -> None:
+        nonlocal asked
+        if asked:
+            log.warning("worker.killed", signal=name, cure="what was under way is delivered again")
+            os._exit(1)
+        asked = True
+        log.info("worker.stop_requested", signal=name)
+        worker.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number.name)
+    await worker.run()
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database up to date: the schema cdc, and the triggers that cdc_worker.toml asks for.
+
+    Safe to run twice and at the same time, and while the application writes: a table is locked for a moment, and never
+    waited for longer than 0.3 s at a time. Your tables get triggers and nothing else.
+    """
+    settings, mirrors = _start()
+    asyncio.run(bring_up_to_date(settings.database_url.get_secret_value(), mirrors))
+
+
+@app.command()
+def backfill(
+    mirror: Annotated[str | None, typer.Argument(help="Only this mirror; otherwise all of them.")] = None,
+) -> None:
+    """Mark every row that exists as changed, so that the worker delivers it again.
+
+    Goes page by page, in the order of the keys; when interrupted, the next call (or the worker) goes on where
+    it was. A new mirror, a changed query and an empty deployment are noticed by themselves and need no backfill.
+    """
+    settings, mirrors = _start()
+    chosen = [each for each in mirrors if mirror in {None, each.name}]
+    if not chosen:
+        raise ConfigError(f'there is no mirror "{mirror}" (there are: {", ".join(each.name for each in mirrors)})')
+    asyncio.run(_backfill(settings, chosen))
+
+
+async def _backfill(settings: Settings, mirrors: list[Mirror]) -> None:
+    async with Database(
+        settings.database_url.get_secret_value(), statement_seconds=settings.statement_seconds
+    ) as database:
+        try:
+            ids: dict[str, int] = dict(await database.execute("select name, id from cdc.mirror where configured"))
+        except psycopg.errors.UndefinedTable:
+            raise SchemaError("this database has no schema cdc: run `cdc-worker migrate` first") from None
+        with Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        ) as progress:
+            for mirror in mirrors:
+                if mirror.name not in ids:
+                    raise SchemaError(f'mirror "{mirror.name}" is new to this database: run `cdc-worker migrate` first')
+                async with database.transaction("read only") as connection:
+                    plan = await check(connection, mirror)
+                await _backfill_one(database, ids[mirror.name], plan, progress)
+
+
+async def _backfill_one(database: Database, mirror_id: int, plan: Plan, progress: Progress) -> None:
+    phase, marked = await rescans.state(database, mirror_id)
+    resumed = phase == "rows"
+    if not resumed:
+        await rescans.request(database, mirror_id, with_documents=False, reason="backfill command")
+        marked = 0
+    name = plan.mirror.name
+    log.info("backfill.started", mirror=name, resumed=resumed, already_marked=marked)
+    bar = progress.add_task(name, total=max(marked, await rescans.estimate(database, plan)), completed=marked)
+    started = time.monotonic()
+    while (await rescans.state(database, mirror_id))[0] == "rows":
+        step = await rescans.step(database, {mirror_id: plan}, None)
+        if step is None:
+            await asyncio.sleep(0.2)  # the worker is at this very page
+            continue
+        marked = step.total_marked
+        progress.update(bar, completed=marked)
+    progress.update(bar, completed=marked, total=max(marked, 1))
+    log.info("backfill.done", mirror=name, keys=marked, took_seconds=round(time.monotonic() - started, 1))
+
+
+def main() -> None:
+    """The entry point: what is expected to go wrong is one line, and exit status 2 (settings) or 1."""
+    try:
+        app()
+    except ConfigError as error:
+        _refuse(str(error), _EXIT_CONFIG)
+    except CdcError as error:
+        _refuse(str(error), 1)
+    except psycopg.OperationalError as error:
+        # libpq's text names host, port and role; never the password.
+        _refuse(f"the database is out of reach: {str(error).strip().splitlines()[0]}", 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _refuse(text: str, status: int) -> None:
+    for line in text.splitlines():
+        sys.stderr.write(f"cdc-worker: {line}\n")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Rescans: every row of a mirror is marked dirty, page by page, and then every document that Convex holds for it.
+
+Marking is all there is to it: the reader reads the rows late, as always, and a key without a row is a delete.
+Where a rescan stands is one row of cdc.backfill, so whoever comes next goes on with it: the worker, or the command.
+"""
+
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import LiteralString
+
+from cdc_worker.catalog import Plan
+from cdc_worker.database import Database, fetch
+from cdc_worker.keys import join_key, split_key
+from cdc_worker.migrate import RESCAN
+from cdc_worker.outbox import mark
+
+PAGE_KEYS = 1_000
+
+_NEXT = """
+select mirror, phase, with_documents, after, marked, again from cdc.backfill
+where phase <> 'done' and mirror = any ($1::int2[]) order by requested_at limit 1 for update skip locked
+"""
+_MOVE = """
+update cdc.backfill
+set phase = $2, after = $3, marked = marked + $4, again = $5,
+    finished_at = case when $2 = 'done' then clock_timestamp() end
+where mirror = $1
+"""
+_CONFIGURED = "select id from cdc.mirror where configured"
+_STATE = "select phase, marked, again from cdc.backfill where mirror = $1"
+
+# The keys behind `after` that Convex holds for a mirror, in order; at most as many as asked for, none at the end.
+ListDocuments = Callable[[Plan, str | None, int], Awaitable[Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one page of a rescan did."""
+
+    mirror_id: int
+    phase: str
+    # The phase is over.
+    finished: bool
+    total_marked: int
+
+
+async def request(database: Database, mirror_id: int, *, with_documents: bool, reason: str) -> None:
+    """Asks for a rescan. One that is under way goes on, and starts once more at its end."""
+    await database.execute(RESCAN, mirror_id, with_documents, reason)
+
+
+async def request_all(database: Database, reason: str) -> None:
+    """Asks for a rescan of every configured mirror, documents included."""
+    for (mirror_id,) in await database.execute(_CONFIGURED):
+        await request(database, mirror_id, with_documents=True, reason=reason)
+
+
+async def state(database: Database, mirror_id: int) -> tuple[str, int]:
+    """The phase of a mirror's rescan, and how many keys it has marked."""
+    rows = await database.execute(_STATE, mirror_id)
+    return (rows[0][0], rows[0][1]) if rows else ("done", 0)
+
+
+async def estimate(database: Database, plan: Plan) -> int:
+    """About how many rows the mirror's query has: the planner's guess, which costs nothing."""
+    async with database.transaction("read only") as connection:
+        ((explained,),) = await fetch(connection, _explain(plan), 1_000_000_000)
+    plan_tree = explained if isinstance(explained, list) else json.loads(explained)
+    return int(plan_tree[0]["Plan"]["Plan Rows"])
+
+
+def _explain(plan: Plan) -> LiteralString:
+    return f"explain (format json) {plan.first_keys}"
+
+
+async def step(database: Database, plans: dict[int, Plan], list_documents: ListDocuments | None) -> Step | None:
+    """Marks one page of one rescan among those of `plans`; None if there is nothing to do, or others do it.
+
+    Without `list_documents` the second phase is left to the worker.
+    """
+    async with database.transaction() as connection:
+        rows = await fetch(connection, _NEXT, list(plans))
+        if not rows:
+            return None
+        mirror_id, phase, with_documents, after, total, again = rows[0]
+        plan = plans[mirror_id]
+        if phase == "rows":
+            width = len(plan.mirror.key)
+            if after is None:
+                found = await fetch(connection, plan.first_keys, PAGE_KEYS)
+            else:
+                found = await fetch(connection, plan.next_keys, PAGE_KEYS, *split_key(after, width))
+            keys: Sequence[str] = [join_key(row) for row in found]
+            following = "documents" if with_documents else "done"
+        else:
+            if list_documents is None:
+                return None
+            keys = await list_documents(plan, after, PAGE_KEYS)
+            following = "done"
+        await mark(connection, mirror_id, keys)
+        # Documents are listed by a query that may give fewer than asked for: only an empty page is the end.
+        finished = len(keys) < PAGE_KEYS if phase == "rows" else not keys
+        if not finished:
+            await connection.execute(_MOVE, (mirror_id, phase, keys[-1], len(keys), again))
+        elif following == "done" and again:
+            await connection.execute(_MOVE, (mirror_id, "rows", None, len(keys), False))
+        else:
+            await connection.execute(_MOVE, (mirror_id, following, None, len(keys), again))
+    return Step(mirror_id, phase, finished, total + len(keys))

@@ -1,0 +1,111 @@
+"""The border to Postgres: how connections are made, and that every wait has a deadline.
+
+Works through PgBouncer in transaction mode: no named prepared statements, no start-up options, `set local` only.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, LiteralString, Self
+
+import psycopg
+from psycopg import AsyncConnection, AsyncRawCursor
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg_pool import AsyncConnectionPool
+
+Row = tuple[Any, ...]
+Connection = AsyncConnection[Row]
+
+# What the connection string says goes before these. A dead peer is noticed within about 30 s even without a statement.
+_DEFAULTS = {
+    "application_name": "cdc_worker",
+    "connect_timeout": "10",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+}
+# Longer than any lock that the worker waits for in front of others.
+_LOCK_TIMEOUT = "1s"
+# On top of the server's own statement timeout: only a dead link lets this one strike.
+_GRACE_SECONDS = 5.0
+
+# The errors that say "this connection, or the whole database, is gone": the session starts anew.
+GONE = (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError, OSError)
+
+
+def conninfo(dsn: str) -> str:
+    return make_conninfo("", **{**_DEFAULTS, **conninfo_to_dict(dsn)})
+
+
+async def connect(dsn: str) -> Connection:
+    """A connection of one's own, in autocommit, with `$1` as the placeholder."""
+    return await AsyncConnection.connect(
+        conninfo(dsn), autocommit=True, prepare_threshold=None, cursor_factory=AsyncRawCursor
+    )
+
+
+class Database:
+    """A small pool. Three are in use at once at the most: reader, checkpoint, backfill; one is to spare."""
+
+    def __init__(self, dsn: str, *, statement_seconds: float) -> None:
+        self._statement_seconds = statement_seconds
+        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            conninfo(dsn),
+            connection_class=AsyncConnection,
+            kwargs={"autocommit": True, "prepare_threshold": None, "cursor_factory": AsyncRawCursor},
+            min_size=1,
+            max_size=4,
+            timeout=10.0,
+            open=False,
+            name="cdc_worker",
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._pool.open(wait=False)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._pool.close(timeout=2.0)
+
+    async def execute(self, statement: LiteralString, *params: Any) -> list[Row]:
+        """One statement in a transaction of its own; its rows, if it has any."""
+        async with asyncio.timeout(self._statement_seconds + _GRACE_SECONDS), self._pool.connection() as connection:
+            return await fetch(connection, statement, *params)
+
+    @asynccontextmanager
+    async def transaction(self, mode: LiteralString = "read write") -> AsyncIterator[Connection]:
+        """A transaction in `mode`, for instance `isolation level repeatable read read only`."""
+        async with asyncio.timeout(None) as deadline, self._pool.connection() as connection:
+            deadline.reschedule(asyncio.get_running_loop().time() + self._statement_seconds * 2 + _GRACE_SECONDS)
+            await begin(connection, mode, statement_seconds=self._statement_seconds)
+            try:
+                yield connection
+            except BaseException:
+                await connection.rollback()
+                raise
+            await connection.commit()
+
+
+async def begin(connection: Connection, mode: LiteralString, *, statement_seconds: float) -> None:
+    """Starts a transaction with its deadlines, in one round trip."""
+    milliseconds = int(statement_seconds * 1000)
+    await connection.execute(
+        f"begin {mode}; set local statement_timeout = {milliseconds}; "
+        f"set local lock_timeout = '{_LOCK_TIMEOUT}'; set local jit = off"
+    )
+
+
+async def fetch(connection: Connection, statement: LiteralString, *params: Any) -> list[Row]:
+    cursor = await connection.execute(statement, params or None)
+    return await cursor.fetchall() if cursor.description is not None else []
+
+
+async def fetch_one(connection: Connection, statement: LiteralString, *params: Any) -> Row:
+    (row,) = await fetch(connection, statement, *params)
+    return row
+
+
+def first_lines(error: psycopg.Error) -> str:
+    """What Postgres says, without DETAIL and CONTEXT: those can quote rows."""
+    return error.diag.message_primary or type(error).__name__

@@ -1,0 +1,132 @@
+"""One request to a Convex deployment, under a real deadline.
+
+Why not the package's own clients (facts measured on convex 0.8.1): `ConvexClient` holds the GIL for the whole
+of a call, has no time limit, retries for ever with a new session id (which defeats the server's own
+deduplication), and blocks for ever on a wrong key; `ConvexHttpClient` has no time limit, opens a connection
+for each call, and loses `errorMessage`. So the POST is ours, over kept-alive connections; the value codec and
+the error class are the package's.
+
+`aiohttp` because its total timeout covers the whole exchange: others count each read anew, and a server that
+drips holds them for as long as it likes.
+"""
+
+import json
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import aiohttp
+from convex.values import convex_to_json, json_to_convex
+from pydantic import SecretStr
+
+from cdc_worker.errors import FunctionFailed, Misconfigured, Transient
+from convex import ConvexError
+
+Kind = Literal["query", "mutation"]
+
+_CURES = {
+    400: "is CONVEX_DEPLOY_KEY whole?",
+    401: "CONVEX_DEPLOY_KEY does not belong to this deployment",
+    403: "CONVEX_DEPLOY_KEY may not do this: make a new deploy key in the dashboard",
+    404: "there is no deployment at CONVEX_URL",
+}
+
+
+class Deployment:
+    """The functions of one deployment, called with the deploy key. `async with` opens and closes its connections."""
+
+    def __init__(
+        self, url: str, deploy_key: SecretStr | None, *, timeout_seconds: float, connections: int = 16
+    ) -> None:
+        self.url = url
+        self._key = deploy_key
+        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        self._connections = connections
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        headers = {"Content-Type": "application/json"}
+        if self._key is not None:
+            headers["Authorization"] = f"Convex {self._key.get_secret_value()}"
+        self._session = aiohttp.ClientSession(
+            headers=headers,
+            timeout=self._timeout,
+            connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=60.0),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def call(self, kind: Kind, path: str, args: dict[str, Any]) -> Any:
+        """The function's value. Raises as `send` does."""
+        return await self.send(kind, path, json.dumps(convex_to_json(args)).encode())
+
+    async def send(self, kind: Kind, path: str, args: bytes) -> Any:
+        """POSTs arguments that are JSON text already; returns the function's value.
+
+        Raises:
+            Transient: it may or may not have run; the same again is right.
+            Misconfigured: it did not run, and will not until somebody mends a setting.
+            FunctionFailed: it ran and committed nothing, or could not run.
+            ConvexError: the function itself refused, with data.
+        """
+        assert self._session is not None, "use `async with`"
+        body = b'{"path":"%s","format":"convex_encoded_json","args":%s}' % (path.encode(), args)
+        try:
+            async with self._session.post(f"{self.url}/api/{kind}", data=body, allow_redirects=False) as response:
+                text = await response.read()
+                status = response.status
+        except aiohttp.InvalidURL:
+            raise Misconfigured("CONVEX_URL is no address") from None
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Transient(_why(error)) from None
+        return _decode(status, text)
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return "the host of CONVEX_URL is not found"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return "no connection"
+    return f"the connection broke ({type(error).__name__})"
+
+
+def _decode(status: int, text: bytes) -> Any:
+    """The closed set of answers (facts: a function that fails is a 200 with `status: "error"`, or a 560)."""
+    try:
+        answer = json.loads(text)
+    except (ValueError, RecursionError):
+        answer = None
+    if status in {200, 560}:
+        if not isinstance(answer, dict):
+            raise Transient(f"HTTP {status} whose body is not JSON: is there a proxy in front of CONVEX_URL?")
+        if answer.get("status") == "success":
+            try:
+                return json_to_convex(answer.get("value"))
+            except Exception:  # noqa: BLE001  # the codec raises whatever its parts raise
+                raise Transient("a value that cannot be decoded") from None
+        if answer.get("status") == "error":
+            message = _first_line(answer.get("errorMessage"))
+            if answer.get("errorData") is not None:
+                raise ConvexError(message, json_to_convex(answer["errorData"]))
+            raise FunctionFailed(message)
+        raise Transient(f"HTTP {status} with an unknown status field")
+    code = answer.get("code") if isinstance(answer, dict) else None
+    said = f"HTTP {status}{f' {code}' if isinstance(code, str) and code.isalnum() else ''}"
+    if status in _CURES:
+        raise Misconfigured(f"{said}: {_CURES[status]}")
+    if 300 <= status < 400:
+        raise Misconfigured(f"{said}: CONVEX_URL is redirected; give the deployment's own address")
+    raise Transient(said)
+
+
+def _first_line(message: object) -> str:
+    """The line that names the failure. What follows can be a stack, or arguments: row content."""
+    line = str(message or "no message").split("\n", 1)[0]
+    return line.split("Object:", 1)[0][:200]

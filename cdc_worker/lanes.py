@@ -1,0 +1,104 @@
+"""What is read but not yet acknowledged: pages, the newest reading of each key, and which keys are on their way.
+
+No input or output, no clock: the rules of the protocol that live in memory, and nothing else.
+
+- A key is in flight once at a time. A newer reading of it waits, and replaces one that waits already.
+- A page is acknowledged when each of its keys is: its own reading, or a newer one of the same key.
+- Pages are acknowledged in order: the position is the end of the last page before the first open one.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+
+from cdc_worker.documents import Event
+from cdc_worker.outbox import Position
+
+Key = tuple[int, str]
+
+
+class _OpenPage:
+    __slots__ = ("end", "left")
+
+    def __init__(self, end: Position, left: int) -> None:
+        self.end = end
+        self.left = left
+
+
+class Lanes:
+    """The keys of one reader under one epoch."""
+
+    def __init__(self) -> None:
+        self._pages: deque[_OpenPage] = deque()
+        self._waiting: OrderedDict[Key, Event] = OrderedDict()
+        # Waiting readings whose key is in flight: out of the way of `take`, so that it never searches.
+        self._behind: dict[Key, Event] = {}
+        self._in_flight: set[Key] = set()
+        self._owed: dict[Key, list[_OpenPage]] = {}
+        self._bytes = 0
+
+    @property
+    def waiting(self) -> int:
+        """Readings that could be sent now."""
+        return len(self._waiting)
+
+    @property
+    def keys(self) -> int:
+        """Keys read and not yet acknowledged."""
+        return len(self._owed)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all readings that wait."""
+        return self._bytes
+
+    @property
+    def idle(self) -> bool:
+        return not self._pages
+
+    def add(self, end: Position, events: Iterable[Event]) -> None:
+        """A page's readings, at most one for each key, newer than all before."""
+        page = _OpenPage(end, 0)
+        for event in events:
+            key = (event.mirror_id, event.key)
+            lane = self._behind if key in self._in_flight else self._waiting
+            older = lane.get(key)
+            self._bytes += len(event.text) - (len(older.text) if older is not None else 0)
+            lane[key] = event
+            self._owed.setdefault(key, []).append(page)
+            page.left += 1
+        self._pages.append(page)
+
+    def take(self, most_keys: int, most_bytes: int) -> Sequence[Event]:
+        """The oldest waiting readings, at least one if there is any; their keys are in flight from here on."""
+        batch: list[Event] = []
+        size = 0
+        while self._waiting and len(batch) < most_keys:
+            key, event = next(iter(self._waiting.items()))
+            if batch and size + len(event.text) > most_bytes:
+                break
+            del self._waiting[key]
+            self._in_flight.add(key)
+            self._bytes -= len(event.text)
+            size += len(event.text)
+            batch.append(event)
+        return batch
+
+    def settle(self, events: Iterable[Event]) -> None:
+        """The outcome of these readings is known, and noted where it has to be."""
+        for event in events:
+            key = (event.mirror_id, event.key)
+            self._in_flight.remove(key)
+            newer = self._behind.pop(key, None)
+            if newer is not None:
+                # The pages of this key wait for the newer reading: only then is the key as Postgres has it.
+                self._waiting[key] = newer
+                continue
+            for page in self._owed.pop(key):
+                page.left -= 1
+
+    def acknowledged(self) -> Position | None:
+        """How far everything is acknowledged now, if that is further than at the last call."""
+        end = None
+        while self._pages and self._pages[0].left == 0:
+            end = self._pages.popleft().end
+        return end

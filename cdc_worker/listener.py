@@ -1,0 +1,93 @@
+"""The doorbell: a connection of its own that listens, and the idle gate that makes writers ring only when
+somebody sleeps.
+
+NOTIFY takes a lock of the whole cluster at commit, so writers must not ring while the worker is awake. The gate is an
+advisory lock. Capture tries it shared, and rings only if that fails; the worker takes it exclusively when it
+has nothing to do, looks once more, and then waits. A writer that got the lock is seen by that last look, or
+keeps the worker from the gate as long as its transaction is open: then the worker polls.
+"""
+
+import asyncio
+import contextlib
+from typing import Any, Self
+
+import psycopg
+import structlog
+
+from cdc_worker.capture import CHANNEL, GATE
+from cdc_worker.database import Connection, connect, fetch_one
+
+log = structlog.get_logger()
+
+# The self-test's NOTIFY comes back at once, or it never will (a pooler in between).
+_ECHO_SECONDS = 2.0
+# Every statement on this connection: trivial, so a slow answer means a dead link.
+_DEADLINE_SECONDS = 5.0
+
+_LISTEN = f"listen {CHANNEL}"
+_ECHO = f"select pg_notify('{CHANNEL}', '')"
+_SELF = "select pg_backend_pid()"
+_ARM = f"select pg_try_advisory_lock({GATE[0]}, {GATE[1]})"
+_DISARM = f"select pg_advisory_unlock({GATE[0]}, {GATE[1]})"
+
+
+class Bell:
+    """A connection that listens. Never repaired: any error ends the session, and the next one builds a new bell."""
+
+    def __init__(self, connection: Connection, pid: int) -> None:
+        self._connection = connection
+        self.pid = pid
+
+    @classmethod
+    async def open(cls, dsn: str) -> Self | None:
+        """A bell that rings, or None where LISTEN does not work. Raises psycopg.OperationalError if there is
+        no database.
+        """
+        connection = await connect(dsn)
+        try:
+            async with asyncio.timeout(_DEADLINE_SECONDS + _ECHO_SECONDS):
+                await connection.execute(_LISTEN)
+                await connection.execute(_ECHO)
+                bell = cls(connection, (await fetch_one(connection, _SELF))[0])
+                if await bell._ring(_ECHO_SECONDS):
+                    return bell
+        except (psycopg.Error, TimeoutError) as error:
+            log.debug("listen.refused", cause=type(error).__name__)
+        await connection.close()
+        return None
+
+    async def close(self) -> None:
+        with contextlib.suppress(psycopg.Error, TimeoutError):
+            async with asyncio.timeout(_DEADLINE_SECONDS):
+                await self._connection.close()
+
+    async def arm(self) -> bool:
+        """Takes the gate, if no writer is at it."""
+        (taken,) = await self._ask(_ARM)
+        return bool(taken)
+
+    async def disarm(self) -> None:
+        await self._ask(_DISARM)
+
+    async def wait(self, wake: asyncio.Event, seconds: float) -> bool:
+        """True if it rang, or `wake` was set (and is cleared); False after `seconds`."""
+        ring = asyncio.create_task(self._ring(seconds))
+        woken = asyncio.create_task(wake.wait())
+        try:
+            await asyncio.wait({ring, woken}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (ring, woken):
+                task.cancel()
+            await asyncio.gather(ring, woken, return_exceptions=True)
+        if woken.done() and not woken.cancelled():
+            wake.clear()
+            return True
+        return not ring.cancelled() and ring.result()
+
+    async def _ring(self, seconds: float) -> bool:
+        # To its end: the generator holds the connection's lock for as long as it lives.
+        return bool([notify async for notify in self._connection.notifies(timeout=seconds, stop_after=1)])
+
+    async def _ask(self, statement: Any) -> tuple[Any, ...]:
+        async with asyncio.timeout(_DEADLINE_SECONDS):
+            return await fetch_one(self._connection, statement)

@@ -1,0 +1,35 @@
+"""Logs: stable event names, values as fields with their unit. One line for people on a terminal, JSON otherwise."""
+
+import logging
+import sys
+from typing import Literal
+
+import structlog
+
+
+def _event_first(_: object, __: str, fields: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """When, how grave, what; then the values."""
+    first = ("timestamp", "level", "event")
+    return {name: fields[name] for name in first} | {name: value for name, value in fields.items() if name not in first}
+
+
+def configure_logs(level: str, form: Literal["console", "json"] | None) -> None:
+    """Sets up structlog for this process; `form` None means: by what standard error is."""
+    number = logging.getLevelNamesMapping()[level]
+    console = form == "console" or (form is None and sys.stderr.isatty())
+    # What the libraries have to say, we say ourselves, once: the pool alone writes a line for each failed attempt.
+    logging.basicConfig(level=logging.CRITICAL)
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer(pad_event_to=24) if console else structlog.processors.JSONRenderer()
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S.%f" if console else "iso", utc=not console),
+            _event_first,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )

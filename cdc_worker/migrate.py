@@ -1,0 +1,275 @@
+"""`migrate`: the SQL in migrations/, then the triggers as cdc_worker.toml wants them. Safe to run twice, and
+at once.
+"""
+
+import asyncio
+import hashlib
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psycopg
+import structlog
+from psycopg import sql
+
+from cdc_worker.capture import EVENTS, Feed, create_function, create_trigger, function_body, function_name, trigger_name
+from cdc_worker.catalog import check, find_table
+from cdc_worker.database import Connection, begin, connect, fetch, first_lines
+from cdc_worker.errors import ConfigError, SchemaError
+from cdc_worker.mirrors import Mirror
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+# Serialises migrators against each other; held by a transaction, since a pooler may lend each one another session.
+_LOCK = "select pg_advisory_xact_lock(hashtextextended('cdc_worker.migrate', 0))"
+# A trigger's DDL waits for the table's writers, and new writers wait behind it: never for longer than this.
+_TABLE_LOCK_TIMEOUT = "set local lock_timeout = '300ms'"
+_TABLE_TRIES = 100
+_STATEMENT_SECONDS = 60.0
+
+_WRITABLE = "select pg_is_in_recovery() or current_setting('transaction_read_only')::bool"
+_PREPARE = """
+create schema if not exists cdc;
+create table if not exists cdc.migration (
+    number     integer primary key,
+    name       text not null,
+    checksum   text not null,
+    applied_at timestamptz not null default now()
+)
+"""
+_APPLIED = "select number, name, checksum from cdc.migration order by number"
+_NOTE = "insert into cdc.migration (number, name, checksum) values ($1, $2, $3)"
+_REGISTER = "insert into cdc.mirror (name, definition) values ($1, '') on conflict (name) do nothing"
+_REGISTERED = "select id, name, definition, configured from cdc.mirror"
+_CONFIGURE = "update cdc.mirror set definition = $2, configured = true where id = $1"
+_RETIRE = "update cdc.mirror set configured = false where id = $1 and configured returning name"
+RESCAN = """
+insert into cdc.backfill (mirror, phase, with_documents, reason) values ($1, 'rows', $2, $3)
+on conflict (mirror) do update set
+    -- One that is under way goes on to its end, and starts once more then: what it has passed may have changed.
+    again = cdc.backfill.phase <> 'done' and (cdc.backfill.phase <> 'rows' or cdc.backfill.after is not null),
+    phase = case when cdc.backfill.phase = 'done' then 'rows' else cdc.backfill.phase end,
+    after = case when cdc.backfill.phase = 'done' then null else cdc.backfill.after end,
+    marked = case when cdc.backfill.phase = 'done' then 0 else cdc.backfill.marked end,
+    with_documents = excluded.with_documents or (cdc.backfill.with_documents and cdc.backfill.phase <> 'done'),
+    reason = excluded.reason, requested_at = now(), finished_at = null
+"""
+_CAPTURED = """
+select t.tgrelid, n.nspname, c.relname, t.tgname, p.proname
+from pg_trigger t
+join pg_proc p on p.oid = t.tgfoid join pg_namespace pn on pn.oid = p.pronamespace
+join pg_class c on c.oid = t.tgrelid join pg_namespace n on n.oid = c.relnamespace
+where pn.nspname = 'cdc' and not t.tgisinternal
+"""
+_FUNCTIONS = """
+select p.proname, p.prosrc from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+where n.nspname = 'cdc' and p.proname like 'capture\\_%'
+"""
+# A statement fires the triggers of the table that it names, and of no other: partitions and heirs need their own.
+_HEIRS = """
+with recursive heir (oid) as (
+    select $1::oid union select i.inhrelid from pg_inherits i join heir on i.inhparent = heir.oid
+)
+select c.oid, n.nspname, c.relname from heir
+join pg_class c on c.oid = heir.oid join pg_namespace n on n.oid = c.relnamespace where c.relkind in ('r', 'p')
+"""
+
+
+@dataclass(frozen=True)
+class Migration:
+    number: int
+    name: str
+    text: str
+
+    @property
+    def checksum(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def load_migrations() -> list[Migration]:
+    """The SQL that came with this worker: inside the package when installed, beside it in a checkout."""
+    here = Path(__file__).parent
+    folder = next(path for path in (here / "migrations", here.parent / "migrations") if path.is_dir())
+    return [
+        Migration(int(path.name.split("_", 1)[0]), path.stem, path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("[0-9]*.sql"))
+    ]
+
+
+async def migrate(dsn: str, mirrors: Sequence[Mirror]) -> None:
+    """Brings the schema cdc and all triggers up to date.
+
+    Raises ConfigError, before anything is changed, if a mirror does not fit the database, and SchemaError if
+    the database cannot be migrated (a standby, a changed migration, no right to create).
+    """
+    connection = await connect(dsn)
+    async with connection:
+        await _transaction(connection, lambda: _check_all(connection, mirrors))
+        try:
+            await _transaction(connection, lambda: _apply(connection))
+            ids = await _transaction(connection, lambda: _register(connection, mirrors))
+            await _bring_triggers(connection, mirrors, ids)
+            await _transaction(connection, lambda: _finish(connection, mirrors))
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise SchemaError(
+                f"{first_lines(error)}: the role in DATABASE_URL must be allowed to create a schema in this database,"
+                " and must own the tables that are mirrored"
+            ) from None
+    log.info("migrate.done", mirrors=len(mirrors))
+
+
+async def _transaction(connection: Connection, work: Callable[[], Awaitable[T]]) -> T:
+    await begin(connection, "read write", statement_seconds=_STATEMENT_SECONDS)
+    try:
+        result = await work()
+    except BaseException:
+        await connection.rollback()
+        raise
+    await connection.commit()
+    return result
+
+
+async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
+    if (await fetch(connection, _WRITABLE))[0][0]:
+        raise SchemaError("this database is a read-only standby: point DATABASE_URL at the primary")
+    problems = []
+    for mirror in mirrors:
+        try:
+            await check(connection, mirror)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+async def _apply(connection: Connection) -> None:
+    await connection.execute("set local lock_timeout = '60s'")
+    await connection.execute(_LOCK)
+    await connection.execute(_PREPARE)
+    applied = {number: checksum for number, _, checksum in await fetch(connection, _APPLIED)}
+    known = load_migrations()
+    if applied and max(applied) > known[-1].number:
+        raise SchemaError(
+            f"the database has migration {max(applied)}, this worker knows {known[-1].number}: deploy the newer worker"
+        )
+    for migration in known:
+        if migration.number in applied:
+            if applied[migration.number] != migration.checksum:
+                raise SchemaError(
+                    f"migration {migration.name} was changed after it was applied: restore it, and add a new one"
+                )
+            continue
+        await connection.execute(migration.text)
+        await connection.execute(_NOTE, (migration.number, migration.name, migration.checksum))
+        log.info("migrate.applied", migration=migration.name)
+
+
+async def _register(connection: Connection, mirrors: Sequence[Mirror]) -> dict[str, int]:
+    await connection.execute(_LOCK)
+    for mirror in mirrors:
+        await connection.execute(_REGISTER, (mirror.name,))
+    return {name: number for number, name, _, _ in await fetch(connection, _REGISTERED)}
+
+
+async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids: dict[str, int]) -> None:
+    """Table by table, each in a transaction of its own, so that no table is locked while another is waited for."""
+    wanted = await _wanted(connection, mirrors, ids)
+    functions: dict[str, str] = dict(await fetch(connection, _FUNCTIONS))
+    bodies: dict[str, str] = {}
+    for _, _, name, feeds in wanted.values():
+        bodies.setdefault(name, function_body(feeds))
+    existing: dict[int, dict[str, str]] = {}
+    places: dict[int, tuple[str, str]] = {}
+    for oid, schema, table, trigger, function in await fetch(connection, _CAPTURED):
+        existing.setdefault(oid, {})[trigger] = function
+        places[oid] = (schema, table)
+
+    for name, body in bodies.items():
+        if functions.get(name) != body:
+
+            async def replace(name: str = name, body: str = body) -> None:
+                await connection.execute(_LOCK)
+                await connection.execute(create_function(name, body))
+
+            await _transaction(connection, replace)
+            log.info("capture.function", function=name)
+    for oid, (schema, table, name, _) in wanted.items():
+        have = existing.get(oid, {})
+        missing = [event for event in EVENTS if have.get(trigger_name(event)) != name]
+        if missing:
+            drops = [trigger for trigger in have if have[trigger] != name]
+            statements = [
+                *_drops(schema, table, drops),
+                *(create_trigger(name, schema, table, event) for event in missing),
+            ]
+            await _change_table(connection, f"{schema}.{table}", statements)
+            log.info("capture.installed", table=f"{schema}.{table}")
+    for oid, have in existing.items():
+        if oid not in wanted:
+            await _change_table(connection, ".".join(places[oid]), _drops(*places[oid], have))
+            log.info("capture.removed", table=".".join(places[oid]))
+    for name in functions:
+        if name not in bodies:
+            await connection.execute(sql.SQL("drop function if exists cdc.{}()").format(sql.Identifier(name)))
+
+
+async def _wanted(
+    connection: Connection, mirrors: Sequence[Mirror], ids: dict[str, int]
+) -> dict[int, tuple[str, str, str, tuple[Feed, ...]]]:
+    """By table: schema, name, capture function and what it feeds. A partition shares its parent's function."""
+    feeds: dict[int, list[Feed]] = {}
+    tables: dict[int, tuple[str, str]] = {}
+    for mirror in mirrors:
+        for source in mirror.sources:
+            oid, _, _ = await find_table(connection, mirror, source)
+            for heir, schema, table in await fetch(connection, _HEIRS, oid):
+                feeds.setdefault(heir, []).append(Feed(ids[mirror.name], source))
+                tables[heir] = (schema, table)
+    return {oid: (*tables[oid], function_name(*tables[oid]), tuple(found)) for oid, found in feeds.items()}
+
+
+def _drops(schema: str, table: str, triggers: Sequence[str] | dict[str, str]) -> list[sql.Composed]:
+    return [
+        sql.SQL("drop trigger if exists {} on {}").format(sql.Identifier(trigger), sql.Identifier(schema, table))
+        for trigger in triggers
+    ]
+
+
+async def _change_table(connection: Connection, table: str, statements: Sequence[sql.Composed]) -> None:
+    async def change() -> None:
+        await connection.execute(_LOCK)
+        await connection.execute(_TABLE_LOCK_TIMEOUT)
+        for statement in statements:
+            await connection.execute(statement)
+
+    for attempt in range(1, _TABLE_TRIES + 1):
+        try:
+            return await _transaction(connection, change)
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+            if attempt % 10 == 1:
+                log.info("capture.waiting_for_table", table=table, attempt=attempt)
+            await asyncio.sleep(random.uniform(0.1, 0.5))  # noqa: S311  # spreads tries, hides nothing
+    raise SchemaError(f"table {table} was busy for too long (a long transaction?): run migrate again")
+
+
+async def _finish(connection: Connection, mirrors: Sequence[Mirror]) -> None:
+    """Last, with all triggers in place: from here on a rescan misses nothing."""
+    await connection.execute(_LOCK)
+    registered = {name: (number, definition) for number, name, definition, _ in await fetch(connection, _REGISTERED)}
+    for mirror in mirrors:
+        number, definition = registered.pop(mirror.name)
+        await connection.execute(_CONFIGURE, (number, mirror.definition))
+        if definition != mirror.definition:
+            reason = "new mirror" if definition == "" else "definition changed"
+            await connection.execute(RESCAN, (number, True, reason))
+            log.info("backfill.requested", mirror=mirror.name, reason=reason)
+    for number, _ in registered.values():
+        for (name,) in await fetch(connection, _RETIRE, number):
+            log.warning(
+                "mirror.retired",
+                mirror=name,
+                cure="its documents stay in Convex as they are; remove them there if nobody needs them",
+            )

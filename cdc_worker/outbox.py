@@ -1,0 +1,96 @@
+"""The log's cursor: which rows are new, by snapshots (PgQ's idea), and the page that is read next.
+
+`id > last_id` would step over rows whose transaction commits late. Here a row is new if its transaction was
+not visible in the snapshot that was acknowledged last, and is visible in the one that ends the window. A
+window larger than a page is read page by page with its end fixed; then the next window starts where it ended.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cdc_worker.database import Connection, Database, fetch, fetch_one
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far: all of `snapshot`, and of the window up to `window_end` the rows up to (after_xid, after_id)."""
+
+    snapshot: str
+    window_end: str | None = None
+    after_xid: int = 0
+    after_id: int = 0
+
+
+@dataclass(frozen=True)
+class LogRow:
+    mirror_id: int
+    # None: rescan the mirror
+    key: str | None
+
+
+@dataclass(frozen=True)
+class Page:
+    rows: Sequence[LogRow]
+    # Where the reader is once this page is acknowledged.
+    end: Position
+    # Seconds between the oldest row's transaction and this reading; 0 for no rows.
+    age_seconds: float
+
+
+# The two arms are index ranges of (xid, id): neither a long transaction nor dead rows make them pass old ground.
+# A row is also visible to the statement itself, which leaves out transactions that were rolled back.
+PAGE = """
+select mirror, key, xid::text, id, greatest(extract(epoch from clock_timestamp() - at), 0)::float8 from (
+    (select * from cdc.outbox
+     where xid >= pg_snapshot_xmax($1::pg_snapshot) and xid < pg_snapshot_xmax($2::pg_snapshot)
+       and pg_visible_in_snapshot(xid, $2::pg_snapshot) and (xid, id) > ($3::text::xid8, $4::int8)
+     order by xid, id limit $5)
+    union all
+    (select * from cdc.outbox
+     where xid = any (array(select pg_snapshot_xip($1::pg_snapshot)))
+       and pg_visible_in_snapshot(xid, $2::pg_snapshot) and (xid, id) > ($3::text::xid8, $4::int8)
+     order by xid, id limit $5)
+) as page
+order by page.xid, page.id limit $5
+"""
+_NOW = "select pg_current_snapshot()::text"
+_LOOK = """
+select pg_current_snapshot()::text,
+       exists (select from cdc.outbox
+               where xid >= pg_snapshot_xmax($1::pg_snapshot)
+                 and pg_visible_in_snapshot(xid, pg_current_snapshot()))
+    or exists (select from cdc.outbox
+               where xid = any (array(select pg_snapshot_xip($1::pg_snapshot)))
+                 and pg_visible_in_snapshot(xid, pg_current_snapshot()))
+"""
+MARK = """
+insert into cdc.outbox (slot, mirror, key)
+select coalesce(pg_sequence_last_value('cdc.slot'::regclass), 0), $1, unnest($2::text[])
+"""
+
+
+async def look(database: Database, position: Position) -> Position | None:
+    """None if there is something new; otherwise the position moved on to now, which costs one statement."""
+    if position.window_end is not None:
+        return None
+    ((now, something),) = await database.execute(_LOOK, position.snapshot)
+    return None if something else Position(now)
+
+
+async def read_page(connection: Connection, position: Position, limit: int) -> Page:
+    """The next rows of the log. `connection` is in a repeatable-read transaction, whose snapshot the rows are
+    read in.
+    """
+    end = position.window_end or (await fetch_one(connection, _NOW))[0]
+    found = await fetch(connection, PAGE, position.snapshot, end, str(position.after_xid), position.after_id, limit)
+    rows = [LogRow(mirror, key) for mirror, key, _, _, _ in found]
+    age = max((seconds for *_, seconds in found), default=0.0)
+    if len(found) < limit:
+        return Page(rows, Position(end), age)
+    _, _, xid, last_id, _ = found[-1]
+    return Page(rows, Position(position.snapshot, end, int(xid), last_id), age)
+
+
+async def mark(connection: Connection, mirror_id: int, keys: Sequence[str]) -> None:
+    """Makes keys dirty: this is all that backfill, repair and retry do."""
+    await connection.execute(MARK, (mirror_id, list(keys)))

@@ -1,0 +1,67 @@
+"""Parked keys: what is refused for a reason of its own, kept with the reason until a good reading settles it."""
+
+from collections.abc import Iterable, Mapping
+
+import structlog
+
+from cdc_worker.database import Database
+from cdc_worker.documents import Problem
+
+log = structlog.get_logger()
+
+_PARK = """
+insert into cdc.parked_key (mirror, key, class, reason)
+select m, k, c, r from unnest($1::int2[], $2::text[], $3::text[], $4::text[]) as new (m, k, c, r)
+on conflict (mirror, key) do update set
+    class = excluded.class, reason = excluded.reason,
+    attempts = cdc.parked_key.attempts + 1, last_at = clock_timestamp()
+"""
+_SETTLE = """
+delete from cdc.parked_key p using unnest($1::int2[], $2::text[]) as good (m, k)
+where p.mirror = m and p.key = k returning 1
+"""
+_COUNT = "select count(*) from cdc.parked_key"
+_RETRY = """
+insert into cdc.outbox (slot, mirror, key)
+select coalesce(pg_sequence_last_value('cdc.slot'::regclass), 0), mirror, key
+from cdc.parked_key where mirror = $1 and class = 'mirror'
+"""
+
+
+class Parking:
+    """The parked keys of the database, and how many there are, so that the usual case costs no statement."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.count = 0
+
+    async def load(self) -> None:
+        ((self.count,),) = await self._database.execute(_COUNT)
+
+    async def park(self, reasons: Mapping[tuple[int, str], Problem]) -> None:
+        """Parks keys, or notes one more try of those that are. Said once for a reason, not once for a key."""
+        if not reasons:
+            return
+        mirrors = [mirror for mirror, _ in reasons]
+        keys = [key for _, key in reasons]
+        classes = [kind for kind, _ in reasons.values()]
+        texts = [reason.replace("\x00", "") for _, reason in reasons.values()]
+        await self._database.execute(_PARK, mirrors, keys, classes, texts)
+        await self.load()
+        for kind, reason in dict.fromkeys(reasons.values()):
+            keys_hit = sum(each == (kind, reason) for each in reasons.values())
+            log.error("key.parked", kind=kind, reason=reason, keys=keys_hit, parked_keys=self.count)
+
+    async def settle(self, good: Iterable[tuple[int, str]]) -> None:
+        """These keys are as Postgres has them: whatever was held against them is over."""
+        if self.count == 0:
+            return
+        pairs = list(good)
+        gone = await self._database.execute(_SETTLE, [mirror for mirror, _ in pairs], [key for _, key in pairs])
+        if gone:
+            self.count -= len(gone)
+            log.info("key.settled", keys=len(gone), parked_keys=self.count)
+
+    async def retry_mirror(self, mirror_id: int) -> None:
+        """The mirror's query runs again: its keys are read anew."""
+        await self._database.execute(_RETRY, mirror_id)

@@ -1,0 +1,191 @@
+"""Batches on their way to Convex: taken from the lanes, repeated until their outcome is known, settled key by key."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import structlog
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from cdc_worker.deployment import Deployment
+from cdc_worker.documents import Event, Problem
+from cdc_worker.errors import Fenced, FunctionFailed, Misconfigured
+from cdc_worker.lanes import Lanes
+from cdc_worker.outage import Outage
+from cdc_worker.parking import Parking
+from convex import ConvexError
+
+log = structlog.get_logger()
+
+
+class _Rejected(TypedDict):
+    rejected: str
+
+
+_Verdict = Literal["applied", "unchanged", "deleted", "stale"] | _Rejected
+
+
+class _Applied(TypedDict):
+    outcome: Literal["applied"]
+    verdicts: list[_Verdict]
+
+
+class _FencedAnswer(TypedDict):
+    outcome: Literal["fenced"]
+    epoch: float | None
+
+
+_DEPLOY = "deploy the convex/ folder of this worker's version"
+_ANSWER: TypeAdapter[_Applied | _FencedAnswer] = TypeAdapter(_Applied | _FencedAnswer)
+
+
+class Tally:
+    """Counts since the last heartbeat."""
+
+    def __init__(self) -> None:
+        self.verdicts: dict[str, int] = {}
+        self.batches = 0
+
+    def add(self, verdict: str, keys: int = 1) -> None:
+        self.verdicts[verdict] = self.verdicts.get(verdict, 0) + keys
+
+    def take(self) -> dict[str, int]:
+        taken, self.verdicts = self.verdicts, {}
+        return taken
+
+
+class Sender:
+    """Keeps up to `in_flight` batches under way. `run` returns only by an error or by being stopped."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        lanes: Lanes,
+        parking: Parking,
+        outage: Outage,
+        *,
+        shard: str,
+        epoch: int,
+        batch_keys: int,
+        batch_bytes: int,
+        in_flight: int,
+        settled: Callable[[], None],
+        tally: Tally,
+    ) -> None:
+        self._deployment = deployment
+        self._lanes = lanes
+        self._parking = parking
+        self._outage = outage
+        self._head = json.dumps({"shard": shard, "epoch": float(epoch)})[:-1].encode()
+        self._batch_keys = batch_keys
+        self._batch_bytes = batch_bytes
+        self._in_flight = in_flight
+        self._settled = settled
+        self._tally = tally
+        # Something to send came in, or a place became free: look again.
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._under_way = 0
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def stop(self) -> None:
+        """No new batch; `run` returns when those under way are done."""
+        self._stopping = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as batches:
+            while True:
+                self._wake.clear()
+                while not self._stopping and self._under_way < self._in_flight:
+                    events = self._lanes.take(self._batch_keys, self._batch_bytes)
+                    if not events:
+                        break
+                    self._under_way += 1
+                    batches.create_task(self._deliver_whole(events))
+                if self._stopping and self._under_way == 0:
+                    return
+                await self._wake.wait()
+
+    async def _deliver_whole(self, events: Sequence[Event]) -> None:
+        unfit = {(event.mirror_id, event.key): event.problem for event in events if event.problem is not None}
+        if unfit:
+            self._tally.add("parked", len(unfit))
+            await self._parking.park(unfit)
+        await self._deliver([event for event in events if event.problem is None])
+        self._under_way -= 1
+        self._lanes.settle(events)
+        self._wake.set()
+        self._settled()
+
+    async def _deliver(self, events: Sequence[Event]) -> None:
+        """Brings the events to Convex, or parks them. The same request again until its outcome is known."""
+        if not events:
+            return
+        started = time.monotonic()
+        try:
+            answer = await self._outage.insist(lambda: self._apply_or_probe(events))
+        except FunctionFailed as failure:
+            await self._bisect(events, str(failure))
+            return
+        if answer["outcome"] == "fenced":
+            raise Fenced("Convex gave this shard another epoch")
+        await self._note(events, answer["verdicts"], started)
+
+    async def _apply_or_probe(self, events: Sequence[Event]) -> _Applied | _FencedAnswer:
+        """Raises FunctionFailed only if these very events are at fault: an empty batch passes."""
+        try:
+            return await self._apply(events)
+        except (FunctionFailed, ConvexError) as failure:
+            try:
+                await self._apply(())
+            except (FunctionFailed, ConvexError) as again:
+                raise Misconfigured(
+                    f"{again}: is the deployment running, and has it the functions of this worker's convex/ folder?"
+                ) from None
+            raise FunctionFailed(str(failure)) from None
+
+    async def _apply(self, events: Sequence[Event]) -> _Applied | _FencedAnswer:
+        args = b'%s,"events":[%s]}' % (self._head, b",".join(event.text for event in events))
+        value = await self._deployment.send("mutation", "cdc:apply", args)
+        try:
+            answer = _ANSWER.validate_python(value)
+        except ValidationError:
+            raise Misconfigured(f"cdc:apply gave an answer of another form: {_DEPLOY}") from None
+        if answer["outcome"] == "applied" and len(answer["verdicts"]) != len(events):
+            raise Misconfigured(f"cdc:apply gave another number of verdicts: {_DEPLOY}")
+        return answer
+
+    async def _bisect(self, events: Sequence[Event], reason: str) -> None:
+        if len(events) > 1:
+            middle = len(events) // 2
+            await self._deliver(events[:middle])
+            await self._deliver(events[middle:])
+            return
+        (event,) = events
+        self._tally.add("parked")
+        await self._parking.park({(event.mirror_id, event.key): ("refused", reason)})
+
+    async def _note(self, events: Sequence[Event], verdicts: Sequence[_Verdict], started: float) -> None:
+        refused: dict[tuple[int, str], Problem] = {}
+        good: list[tuple[int, str]] = []
+        counts: dict[str, int] = {}
+        for event, verdict in zip(events, verdicts, strict=True):
+            key = (event.mirror_id, event.key)
+            if isinstance(verdict, str):
+                good.append(key)
+                counts[verdict] = counts.get(verdict, 0) + 1
+            else:
+                refused[key] = ("rejected", verdict["rejected"])
+                counts["parked"] = counts.get("parked", 0) + 1
+        for verdict_name, keys in counts.items():
+            self._tally.add(verdict_name, keys)
+        self._tally.batches += 1
+        await self._parking.park(refused)
+        await self._parking.settle(good)
+        log.debug("batch.applied", keys=len(events), took_ms=round((time.monotonic() - started) * 1000, 1), **counts)

@@ -1,0 +1,107 @@
+"""Settings from the environment: read once, checked here, frozen."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from cdc_worker.errors import ConfigError
+
+
+def _conninfo(value: SecretStr) -> SecretStr:
+    try:
+        conninfo_to_dict(value.get_secret_value())
+    except psycopg.Error:
+        # The driver's message quotes the string, which holds the password.
+        raise ValueError("is no connection string: give postgres://user:password@host:port/database") from None
+    return value
+
+
+def _http_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("must be an address like https://happy-otter-123.convex.cloud")
+    return value.rstrip("/")  # a trailing slash would give 404
+
+
+def _upper(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
+
+
+Dsn = Annotated[SecretStr, AfterValidator(_conninfo)]
+Url = Annotated[str, AfterValidator(_http_url)]
+
+
+class Settings(BaseSettings):
+    """All that can be set. Durations are seconds, sizes are bytes."""
+
+    model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
+
+    database_url: Dsn
+    listen_database_url: Dsn | None = None
+    convex_url: Annotated[Url | None, Field(validation_alias=AliasChoices("CONVEX_URL", "NEXT_PUBLIC_CONVEX_URL"))] = (
+        None
+    )
+    convex_deploy_key: SecretStr | None = None
+    config: Annotated[Path, Field(validation_alias="CDC_CONFIG")] = Path("cdc_worker.toml")
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = "INFO"
+    log_format: Literal["console", "json"] | None = None
+
+    # Keys in one mutation. A mutation may read 4,096 index ranges and run 1 s; a key costs up to three ranges.
+    batch_keys: Annotated[int, Field(validation_alias="CDC_BATCH_KEYS", ge=1, le=500)] = 250
+    # A mutation's arguments may have 16 MiB; 1 MiB keeps one well inside its second of JS time.
+    batch_bytes: Annotated[int, Field(validation_alias="CDC_BATCH_BYTES", ge=65_536, le=8_388_608)] = 1_048_576
+    # The smallest plan runs 16 mutations at once, and the application wants some of them.
+    in_flight: Annotated[int, Field(validation_alias="CDC_IN_FLIGHT", ge=1, le=16)] = 4
+    # Log rows read in one snapshot.
+    page_rows: Annotated[int, Field(validation_alias="CDC_PAGE_ROWS", ge=1, le=10_000)] = 1_000
+    # How often to look where LISTEN does not work.
+    poll_seconds: Annotated[float, Field(validation_alias="CDC_POLL_SECONDS", ge=0.01, le=60)] = 1.0
+    # A holder that is silent for so long may be replaced.
+    lease_seconds: Annotated[float, Field(validation_alias="CDC_LEASE_SECONDS", ge=3, le=600)] = 30.0
+    # The whole of one exchange with Convex, which itself gives up after 300 s.
+    convex_timeout_seconds: Annotated[float, Field(validation_alias="CDC_CONVEX_TIMEOUT_SECONDS", ge=0.1, le=300)] = (
+        15.0
+    )
+    # The longest pause between two tries.
+    backoff_seconds: Annotated[float, Field(validation_alias="CDC_BACKOFF_SECONDS", ge=0.05, le=300)] = 30.0
+    # One statement of the worker in Postgres.
+    statement_seconds: Annotated[float, Field(validation_alias="CDC_STATEMENT_SECONDS", ge=0.1, le=600)] = 20.0
+    # Between SIGTERM and giving up what is in flight; the platform kills after 30 s.
+    drain_seconds: Annotated[float, Field(validation_alias="CDC_DRAIN_SECONDS", ge=0, le=25)] = 10.0
+    # Between two lines that say how things stand.
+    heartbeat_seconds: Annotated[float, Field(validation_alias="CDC_HEARTBEAT_SECONDS", ge=1, le=3600)] = 60.0
+
+
+_ENV_NAMES = {
+    name: str(field.validation_alias) if isinstance(field.validation_alias, str) else name.upper()
+    for name, field in Settings.model_fields.items()
+}
+
+
+def load_settings(**given: Any) -> Settings:
+    """The settings of this process.
+
+    Raises ConfigError with a line for each setting that is missing or wrong; a secret's value is never in it.
+    """
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        lines = [_refusal(dict(problem)) for problem in error.errors(include_url=False)]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _refusal(problem: Mapping[str, Any]) -> str:
+    place = str(problem["loc"][0])
+    name = _ENV_NAMES.get(place, place.upper())
+    if problem["type"] == "missing":
+        return f"{name} is not set"
+    secret = name.endswith(("DATABASE_URL", "KEY"))
+    value = "" if secret else f" (it is {os.environ.get(name, problem.get('input'))!r})"
+    return f"{name}: {problem['msg'].removeprefix('Value error, ')}{value}"

@@ -1,0 +1,229 @@
+import type { Infer, Value } from "convex/values";
+import { compareValues, v } from "convex/values";
+import { internal } from "./_generated/api";
+import type { Doc } from "./_generated/dataModel";
+import type { MutationCtx } from "./_generated/server";
+import { internalMutation, internalQuery } from "./_generated/server";
+import { requireIntegerWithin } from "./integerWithin";
+import { activityTable, type MirrorTable, statusTable } from "./mirrorTables";
+import { UNVERSIONED, type Version } from "./schema";
+
+// What the worker and Convex say to each other: docs/protocol.md.
+
+// Each key read is a whole document read, and a query may read 16 MiB.
+const MOST_KEYS = 1000;
+
+// A tombstone is there for a ghost: a request that its sender gave up, and that arrives after the delete. The server
+// cuts a request at 300 s, so no ghost is older; a day is that many times over, and outlives a clock that was set.
+const TOMBSTONE_MS = 24 * 60 * 60 * 1000;
+
+// A delete costs a read and a write of one small document; 500 stay far below every limit of a mutation.
+const PRUNE_BATCH = 500;
+
+const target = v.union(v.literal("activity"), v.literal("status"));
+
+const event = v.object({
+  key: v.string(),
+  number: v.number(),
+  target,
+  // Judged key by key in the handler. A validator here would fail the whole batch for one bad document.
+  document: v.any(),
+});
+type Event = { key: string; number: number; target: Infer<typeof target>; document: unknown };
+
+const verdict = v.union(
+  v.literal("applied"),
+  v.literal("unchanged"),
+  v.literal("deleted"),
+  v.literal("stale"),
+  v.object({ rejected: v.string() }),
+);
+type Verdict = Infer<typeof verdict>;
+
+/**
+ * Opens a shard for a reader: hands out the epoch that alone may write to the shard from now on.
+ *
+ * A repeated call takes the next epoch, and says the same of what was before; a late one fences the reader, who opens
+ * again. `reader` is fresh for each reader; a deployment that has no identity yet takes the first one's for its own.
+ *
+ * @throws ConvexError `invalid_argument` for an `atLeast` that is no epoch.
+ */
+export const open = internalMutation({
+  args: { shard: v.string(), reader: v.string(), atLeast: v.number() },
+  returns: v.object({ deployment: v.string(), epoch: v.number(), previous: v.union(v.number(), v.null()) }),
+  handler: async (ctx, { shard, reader, atLeast }) => {
+    requireIntegerWithin("atLeast", atLeast, 0, Number.MAX_SAFE_INTEGER - 1);
+    const counter = await ctx.db.query("cdcCounter").unique();
+    const epoch = Math.max(counter?.epoch ?? 0, atLeast) + 1;
+    const deployment = counter?.deployment ?? reader;
+    if (counter === null) await ctx.db.insert("cdcCounter", { deployment, epoch });
+    else await ctx.db.patch("cdcCounter", counter._id, { epoch });
+
+    const opened = await findShard(ctx, shard);
+    const previous = opened?.reader === reader ? opened.previous : (opened?.epoch ?? null);
+    if (opened === null) await ctx.db.insert("cdcShards", { shard, epoch, reader, previous });
+    else await ctx.db.patch("cdcShards", opened._id, { epoch, reader, previous });
+    return { deployment, epoch, previous };
+  },
+});
+
+/**
+ * Brings the documents of a batch to the state that the reader saw, and says per event what became of it.
+ *
+ * Nothing at all is done under an epoch other than the shard's: an older one is a reader that was replaced, a newer
+ * one was handed out before this deployment was restored from a backup. The reader opens again.
+ */
+export const apply = internalMutation({
+  args: { shard: v.string(), epoch: v.number(), events: v.array(event) },
+  returns: v.union(
+    v.object({ outcome: v.literal("applied"), verdicts: v.array(verdict) }),
+    v.object({ outcome: v.literal("fenced"), epoch: v.union(v.number(), v.null()) }),
+  ),
+  handler: async (ctx, { shard, epoch, events }) => {
+    const opened = await findShard(ctx, shard);
+    if (opened?.epoch !== epoch) return { outcome: "fenced" as const, epoch: opened?.epoch ?? null };
+
+    const verdicts = new Array<Verdict>(events.length);
+    // At once for different documents, since each look-up is a round trip; in order for one and the same.
+    await Promise.all(
+      groupBySlot(events).map(async (group) => {
+        for (const [place, event] of group) verdicts[place] = await applyEvent(ctx, epoch, event);
+      }),
+    );
+    return { outcome: "applied" as const, verdicts };
+  },
+});
+
+function groupBySlot(events: Event[]): [place: number, event: Event][][] {
+  const groups = new Map<string, [number, Event][]>();
+  for (const [place, event] of events.entries()) {
+    const slot = event.target === "activity" ? activityTable.slot(event.key) : statusTable.slot(event.key);
+    const group = groups.get(slot);
+    if (group === undefined) groups.set(slot, [[place, event]]);
+    else group.push([place, event]);
+  }
+  return [...groups.values()];
+}
+
+async function applyEvent(ctx: MutationCtx, epoch: number, event: Event): Promise<Verdict> {
+  if (!/^(?!app:)[^:]+:/.test(event.key)) {
+    return { rejected: 'the key must be "mirror:key", and no mirror may be called "app"' };
+  }
+  if (!Number.isSafeInteger(event.number)) return { rejected: "the number must be an integer" };
+  return event.target === "activity"
+    ? applyTo(activityTable, ctx, epoch, event)
+    : applyTo(statusTable, ctx, epoch, event);
+}
+
+/** One look-up and one write if the document stands. A tombstone is looked up only if none of the worker's does. */
+async function applyTo<Content extends Value>(
+  table: MirrorTable<Content>,
+  ctx: MutationCtx,
+  epoch: number,
+  { key, number, document }: Event,
+): Promise<Verdict> {
+  const judgement = document === null ? null : table.judge(key, document);
+  if (judgement !== null && "rejected" in judgement) return judgement;
+
+  const version = { epoch, number };
+  const standing = await table.find(ctx, key);
+  // A status that the application wrote after the worker deleted it has no version: there the tombstone still counts.
+  const known = standing.some((stored) => isAbove(stored.version, UNVERSIONED));
+  const tombstone = known ? null : await findTombstone(ctx, key);
+  const versions = [...standing, ...(tombstone === null ? [] : [tombstone])].map((each) => each.version);
+  if (!versions.every((older) => isAbove(version, older))) return "stale";
+
+  const [stored, ...doubles] = standing;
+  for (const double of doubles) await double.remove();
+  if (judgement === null) {
+    if (stored === undefined) return "unchanged";
+    await stored.remove();
+    await bury(ctx, tombstone, key, version);
+    return "deleted";
+  }
+  const { content } = judgement;
+  if (doubles.length === 0 && stored !== undefined && compareValues(stored.content, content) === 0) {
+    return "unchanged"; // Not even the version: a write would wake everybody who watches the document.
+  }
+  if (tombstone !== null) await ctx.db.delete("cdcTombstones", tombstone._id);
+  if (stored === undefined) await table.insert(ctx, key, content, version);
+  else await stored.replace(content, version);
+  return "applied";
+}
+
+function isAbove(version: Version, other: Version): boolean {
+  return version.epoch > other.epoch || (version.epoch === other.epoch && version.number > other.number);
+}
+
+function findShard(ctx: MutationCtx, shard: string): Promise<Doc<"cdcShards"> | null> {
+  return ctx.db
+    .query("cdcShards")
+    .withIndex("by_shard", (q) => q.eq("shard", shard))
+    .unique();
+}
+
+function findTombstone(ctx: MutationCtx, key: string): Promise<Doc<"cdcTombstones"> | null> {
+  return ctx.db
+    .query("cdcTombstones")
+    .withIndex("by_key", (q) => q.eq("key", key))
+    .order("desc")
+    .first();
+}
+
+async function bury(
+  ctx: MutationCtx,
+  tombstone: Doc<"cdcTombstones"> | null,
+  key: string,
+  version: Version,
+): Promise<void> {
+  const buried = { key, version, at: Date.now() };
+  if (tombstone === null) await ctx.db.insert("cdcTombstones", buried);
+  else await ctx.db.replace("cdcTombstones", tombstone._id, buried);
+}
+
+/**
+ * The keys of a mirror's documents in order, the part behind the colon, at most `limit` of them, after `after`.
+ *
+ * For a comparison of Convex with Postgres. A status has no key but its user, and there is one status mirror at most,
+ * so all statuses are that mirror's, the ones that `updateUserStatus` wrote too.
+ *
+ * @throws ConvexError `invalid_argument` for a limit out of bounds.
+ */
+export const keys = internalQuery({
+  args: { mirror: v.string(), target, after: v.union(v.string(), v.null()), limit: v.number() },
+  returns: v.array(v.string()),
+  handler: async (ctx, { mirror, target, after, limit }) => {
+    requireIntegerWithin("limit", limit, 1, MOST_KEYS);
+    if (target === "status") {
+      const statuses = await ctx.db
+        .query("userStatus")
+        .withIndex("by_user", (q) => (after === null ? q : q.gt("userId", after)))
+        .take(limit);
+      return statuses.map((status) => status.userId);
+    }
+    const first = `${mirror}:`;
+    const end = `${mirror};`; // The semicolon is the character after the colon.
+    const activities = await ctx.db
+      .query("activities")
+      .withIndex("by_key", (q) => (after === null ? q.gte("key", first) : q.gt("key", first + after)).lt("key", end))
+      .take(limit);
+    return activities.map((activity) => (activity.key ?? first).slice(first.length));
+  },
+});
+
+/**
+ * Deletes tombstones that no late request can need any more, in batches that reschedule themselves. Run by crons.ts.
+ */
+export const prune = internalMutation({
+  args: {},
+  returns: v.null(),
+  handler: async (ctx): Promise<null> => {
+    const expired = await ctx.db
+      .query("cdcTombstones")
+      .withIndex("by_at", (q) => q.lt("at", Date.now() - TOMBSTONE_MS))
+      .take(PRUNE_BATCH);
+    for (const tombstone of expired) await ctx.db.delete("cdcTombstones", tombstone._id);
+    if (expired.length === PRUNE_BATCH) await ctx.scheduler.runAfter(0, internal.cdc.prune, {});
+    return null;
+  },
+});

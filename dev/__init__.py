@@ -1,0 +1,1 @@
+"""What only development needs: throw-away servers, the demo, benchmarks. Nothing of it ships."""
