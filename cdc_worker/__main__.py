@@ -5,15 +5,19 @@ import os
 import signal
 import sys
 import time
-from typing import Annotated
+from collections.abc import Awaitable, Callable
+from typing import Annotated, TypeVar
 
 import psycopg
 import structlog
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from cdc_worker import backfill as rescans
+from cdc_worker import parking
 from cdc_worker.catalog import Plan, check
 from cdc_worker.database import Database
 from cdc_worker.errors import CdcError, ConfigError, SchemaError
@@ -39,11 +43,12 @@ app = typer.Typer(
 )
 
 log = structlog.get_logger()
+T = TypeVar("T")
 _EXIT_CONFIG = 2
 
 
 def _start() -> tuple[Settings, tuple[Mirror, ...]]:
-    settings = load_settings()
+    settings = load_settings(Settings)
     configure_logs(settings.log_level, settings.log_format)
     return settings, load_mirrors(settings.config)
 
@@ -101,32 +106,26 @@ def backfill(
     chosen = [each for each in mirrors if mirror in {None, each.name}]
     if not chosen:
         raise ConfigError(f'there is no mirror "{mirror}" (there are: {", ".join(each.name for each in mirrors)})')
-    asyncio.run(_backfill(settings, chosen))
+    asyncio.run(_with_database(settings, lambda database: _backfill(database, chosen)))
 
 
-async def _backfill(settings: Settings, mirrors: list[Mirror]) -> None:
-    async with Database(
-        settings.database_url.get_secret_value(), statement_seconds=settings.statement_seconds
-    ) as database:
-        try:
-            ids: dict[str, int] = dict(await database.execute("select name, id from cdc.mirror where configured"))
-        except psycopg.errors.UndefinedTable:
-            raise SchemaError("this database has no schema cdc: run `cdc-worker migrate` first") from None
-        with Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        ) as progress:
-            for mirror in mirrors:
-                if mirror.name not in ids:
-                    raise SchemaError(f'mirror "{mirror.name}" is new to this database: run `cdc-worker migrate` first')
-                async with database.transaction("read only") as connection:
-                    plan = await check(connection, mirror)
-                await _backfill_one(database, ids[mirror.name], plan, progress)
+async def _backfill(database: Database, mirrors: list[Mirror]) -> None:
+    ids: dict[str, int] = dict(await database.execute("select name, id from cdc.mirror where configured"))
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    ) as progress:
+        for mirror in mirrors:
+            if mirror.name not in ids:
+                raise SchemaError(f'mirror "{mirror.name}" is new to this database: run `cdc-worker migrate` first')
+            async with database.transaction("read only") as connection:
+                plan = await check(connection, mirror)
+            await _backfill_one(database, ids[mirror.name], plan, progress)
 
 
 async def _backfill_one(database: Database, mirror_id: int, plan: Plan, progress: Progress) -> None:
@@ -148,6 +147,76 @@ async def _backfill_one(database: Database, mirror_id: int, plan: Plan, progress
         progress.update(bar, completed=marked)
     progress.update(bar, completed=marked, total=max(marked, 1))
     log.info("backfill.done", mirror=name, keys=marked, took_seconds=round(time.monotonic() - started, 1))
+
+
+parked = typer.Typer(
+    no_args_is_help=True,
+    help="""Keys that are parked: refused for a reason of their own, while everything else flows.
+
+    A later good change of a row settles its key by itself.
+    """,
+)
+app.add_typer(parked, name="parked")
+_MirrorOption = Annotated[str | None, typer.Option("--mirror", help="Only keys of this mirror.")]
+
+
+@parked.command("list")
+def parked_list(
+    mirror: _MirrorOption = None,
+    limit: Annotated[int, typer.Option(help="At most so many, the latest first.", min=1, max=10_000)] = 50,
+) -> None:
+    """Show parked keys with their reasons."""
+    settings, _ = _start()
+    keys = asyncio.run(_with_database(settings, lambda database: parking.list_parked(database, mirror, limit)))
+    table = Table("mirror", "key", "kind", "reason", "attempts", "first", "last", box=None, pad_edge=False)
+    for each in keys:
+        table.add_row(
+            each.mirror,
+            Text(each.key),
+            each.kind,
+            Text(each.reason),
+            str(each.attempts),
+            f"{each.first_at:%Y-%m-%d %H:%M:%S}",
+            f"{each.last_at:%Y-%m-%d %H:%M:%S}",
+        )
+    # A pipe gets whole lines, however long they are.
+    console = Console() if sys.stdout.isatty() else Console(width=1_000)
+    console.print(table if keys else "Nothing is parked.")
+
+
+@parked.command("retry")
+def parked_retry(
+    key: Annotated[str | None, typer.Argument(help="Only this key; otherwise all of them.")] = None,
+    mirror: _MirrorOption = None,
+) -> None:
+    """Read and deliver parked keys anew. One that goes well is parked no longer."""
+    settings, _ = _start()
+    count = asyncio.run(_with_database(settings, lambda database: parking.retry_parked(database, mirror, key)))
+    log.info("parked.marked", keys=count)
+
+
+@parked.command("drop")
+def parked_drop(
+    key: Annotated[str | None, typer.Argument(help="Only this key; otherwise all of them.")] = None,
+    mirror: _MirrorOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Forget parked keys. Their documents stay as they are until the row changes again."""
+    settings, _ = _start()
+    if key is None and not yes:
+        typer.confirm(f"Forget all parked keys{f' of {mirror}' if mirror else ''}?", abort=True)
+    count = asyncio.run(_with_database(settings, lambda database: parking.drop_parked(database, mirror, key)))
+    log.info("parked.dropped", keys=count)
+
+
+async def _with_database(settings: Settings, work: Callable[[Database], Awaitable[T]]) -> T:
+    async with Database(
+        settings.database_url.get_secret_value(), statement_seconds=settings.statement_seconds
+    ) as database:
+        try:
+            return await work(database)
+        except psycopg.errors.UndefinedTable:
+            raise SchemaError("this database has no schema cdc: run `cdc-worker migrate` first") from None
 
 
 def main() -> None:

@@ -3,13 +3,14 @@
 `check` is asked by `migrate`, before it changes anything, and by `run`, at the start of each session.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import LiteralString
 
 import psycopg
 from psycopg import AsyncRawServerCursor, sql
 
-from cdc_worker.database import Connection, fetch, first_lines
+from cdc_worker.database import Connection, Database, fetch, first_lines
 from cdc_worker.errors import ConfigError
 from cdc_worker.mirrors import Mirror, Source
 
@@ -50,6 +51,17 @@ from pg_class c join pg_namespace n on n.oid = c.relnamespace
 where c.oid = to_regclass($1)
 """
 _COLUMNS = "select attname, atttypid::int8 from pg_attribute where attrelid = $1 and attnum > 0 and not attisdropped"
+_UNCAPTURED = """
+with recursive family (oid) as (
+    select to_regclass(name)::oid from unnest($1::text[]) as given (name) where to_regclass(name) is not null
+    union select i.inhrelid from pg_inherits i join family on i.inhparent = family.oid
+)
+select family.oid::regclass::text from family
+join pg_class c on c.oid = family.oid and c.relkind in ('r', 'p')
+where 4 > (select count(*) from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+           where t.tgrelid = family.oid and t.tgenabled in ('A', 'O') and p.pronamespace = to_regnamespace('cdc'))
+order by 1
+"""
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index"}
 
 
@@ -121,6 +133,12 @@ async def find_table(connection: Connection, mirror: Mirror, source: Source) -> 
     if schema == "cdc":
         raise _wrong(mirror, f"source {source.table} belongs to the worker itself")
     return oid, schema, name
+
+
+async def uncaptured(database: Database, mirrors: Sequence[Mirror]) -> list[str]:
+    """Source tables (and their partitions and heirs) that lack triggers, or whose triggers are disabled."""
+    tables = list(dict.fromkeys(source.table for mirror in mirrors for source in mirror.sources))
+    return [name for (name,) in await database.execute(_UNCAPTURED, tables)]
 
 
 async def _check_source(connection: Connection, mirror: Mirror, source: Source, key_types: list[str]) -> None:

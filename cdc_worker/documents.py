@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from convex.values import convex_to_json
-
 from cdc_worker.catalog import Plan
 from cdc_worker.safe_json import parse
 
@@ -35,6 +33,12 @@ _TIMES = {"timestamp", "last_check_in", "next_due", "alert_triggered_at"}
 Class = Literal["mirror", "row", "rejected", "refused"]
 # Why a key is parked: the class, and a sentence that quotes nothing of the row.
 Problem = tuple[Class, str]
+
+
+# The package's codec is left out here: a document is made of texts, finite floats and what `parse` gives,
+# which are their own Convex JSON (tests hold it to that), and the codec's check of each character of each name
+# was half of the worker's CPU.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
 
 
 class UnfitRow(Exception):
@@ -78,14 +82,11 @@ def event(plan: Plan, mirror_id: int, key: str, number: int, fields: dict[str, A
     """
     value: dict[str, Any] = {
         "key": f"{plan.mirror.name}:{key}",
-        "number": number,
+        "number": float(number),
         "target": plan.mirror.target,
         "document": fields,
     }
-    try:
-        text = json.dumps(convex_to_json(value), ensure_ascii=False, separators=(",", ":")).encode()
-    except (TypeError, ValueError) as error:
-        raise UnfitRow(f"a value has no place in Convex ({type(error).__name__})") from None
+    text = _ENCODER.encode(value).encode()
     if len(text) > LARGEST_DOCUMENT:
         raise UnfitRow(f"the document has {len(text)} bytes, Convex holds {LARGEST_DOCUMENT}")
     return Event(mirror_id, key, text)

@@ -49,11 +49,11 @@ _RETIRE = "update cdc.mirror set configured = false where id = $1 and configured
 RESCAN = """
 insert into cdc.backfill (mirror, phase, with_documents, reason) values ($1, 'rows', $2, $3)
 on conflict (mirror) do update set
-    -- One that is under way goes on to its end, and starts once more then: what it has passed may have changed.
-    again = cdc.backfill.phase <> 'done' and (cdc.backfill.phase <> 'rows' or cdc.backfill.after is not null),
-    phase = case when cdc.backfill.phase = 'done' then 'rows' else cdc.backfill.phase end,
-    after = case when cdc.backfill.phase = 'done' then null else cdc.backfill.after end,
-    marked = case when cdc.backfill.phase = 'done' then 0 else cdc.backfill.marked end,
+    -- One that has begun to mark rows goes on to its end, and starts once more then: what it passed may have changed.
+    again = cdc.backfill.phase = 'rows' and cdc.backfill.after is not null,
+    phase = 'rows',
+    after = case when cdc.backfill.phase = 'rows' then cdc.backfill.after end,
+    marked = case when cdc.backfill.phase = 'rows' then cdc.backfill.marked else 0 end,
     with_documents = excluded.with_documents or (cdc.backfill.with_documents and cdc.backfill.phase <> 'done'),
     reason = excluded.reason, requested_at = now(), finished_at = null
 """

@@ -9,6 +9,7 @@ import structlog
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from cdc_worker.errors import Misconfigured, Transient
+from cdc_worker.liveness import Liveness
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -16,12 +17,15 @@ T = TypeVar("T")
 # While it lasts, one line in so many seconds.
 _REMINDER_SECONDS = 300.0
 _FIRST_PAUSE_SECONDS = 0.1
+_CONVEX = "an answer from Convex"
 
 
 class Outage:
     """The state of the link to one deployment, shared by all requests to it."""
 
-    def __init__(self, *, longest_pause_seconds: float) -> None:
+    def __init__(self, *, longest_pause_seconds: float, liveness: Liveness) -> None:
+        self._liveness = liveness
+        self._asking = 0
         self._longest = longest_pause_seconds
         self._since: float | None = None
         self._said = 0.0
@@ -34,19 +38,26 @@ class Outage:
         async def once() -> T:
             return await attempt()
 
-        value: T = await AsyncRetrying(
-            wait=wait_random_exponential(multiplier=_FIRST_PAUSE_SECONDS, max=self._longest),
-            retry=retry_if_exception_type((Transient, Misconfigured)),
-            before_sleep=self._failed,
-            sleep=self._sleep,
-            reraise=True,
-        )(once)
+        self._asking += 1
+        self._liveness.moved(_CONVEX)
+        try:
+            value: T = await AsyncRetrying(
+                wait=wait_random_exponential(multiplier=_FIRST_PAUSE_SECONDS, max=self._longest),
+                retry=retry_if_exception_type((Transient, Misconfigured)),
+                before_sleep=self._failed,
+                sleep=self._sleep,
+                reraise=True,
+            )(once)
+        finally:
+            self._asking -= 1
+            self._liveness.moved(_CONVEX) if self._asking else self._liveness.rests(_CONVEX)
         self._recovered()
         return value
 
     def _failed(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None
         assert isinstance(error, Transient | Misconfigured)
+        self._liveness.moved(_CONVEX)
         self._say(error)
 
     async def _sleep(self, seconds: float) -> None:

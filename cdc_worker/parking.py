@@ -1,6 +1,8 @@
 """Parked keys: what is refused for a reason of its own, kept with the reason until a good reading settles it."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
 
 import structlog
 
@@ -25,6 +27,24 @@ _RETRY = """
 insert into cdc.outbox (slot, mirror, key)
 select coalesce(pg_sequence_last_value('cdc.slot'::regclass), 0), mirror, key
 from cdc.parked_key where mirror = $1 and class = 'mirror'
+"""
+
+_LIST = """
+select m.name, p.key, p.class, p.reason, p.attempts, p.first_at, p.last_at
+from cdc.parked_key p join cdc.mirror m on m.id = p.mirror
+where $1::text is null or m.name = $1 order by m.name, p.last_at desc, p.key limit $2
+"""
+_MARK_AGAIN = """
+insert into cdc.outbox (slot, mirror, key)
+select coalesce(pg_sequence_last_value('cdc.slot'::regclass), 0), p.mirror, p.key
+from cdc.parked_key p join cdc.mirror m on m.id = p.mirror
+where ($1::text is null or m.name = $1) and ($2::text is null or p.key = $2)
+returning 1
+"""
+_DROP = """
+delete from cdc.parked_key p using cdc.mirror m
+where m.id = p.mirror and ($1::text is null or m.name = $1) and ($2::text is null or p.key = $2)
+returning 1
 """
 
 
@@ -65,3 +85,29 @@ class Parking:
     async def retry_mirror(self, mirror_id: int) -> None:
         """The mirror's query runs again: its keys are read anew."""
         await self._database.execute(_RETRY, mirror_id)
+
+
+@dataclass(frozen=True)
+class ParkedKey:
+    mirror: str
+    key: str
+    kind: str
+    reason: str
+    attempts: int
+    first_at: datetime
+    last_at: datetime
+
+
+async def list_parked(database: Database, mirror: str | None, limit: int) -> list[ParkedKey]:
+    """The latest parked keys of a mirror, or of all."""
+    return [ParkedKey(*row) for row in await database.execute(_LIST, mirror, limit)]
+
+
+async def retry_parked(database: Database, mirror: str | None, key: str | None) -> int:
+    """Marks parked keys dirty: they are read and delivered anew, and settled if that goes well. How many they are."""
+    return len(await database.execute(_MARK_AGAIN, mirror, key))
+
+
+async def drop_parked(database: Database, mirror: str | None, key: str | None) -> int:
+    """Forgets what is held against these keys; the next change of a row is delivered as ever. How many they are."""
+    return len(await database.execute(_DROP, mirror, key))

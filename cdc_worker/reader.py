@@ -16,16 +16,18 @@ from cdc_worker.errors import SchemaError
 from cdc_worker.keys import join_key, split_key
 from cdc_worker.lanes import Lanes
 from cdc_worker.listener import Bell
+from cdc_worker.liveness import Liveness
 from cdc_worker.outbox import Page, Position, look, read_page
 
 log = structlog.get_logger()
 
+_READER = "the log in Postgres"
 SNAPSHOT = "isolation level repeatable read read only"
 
 # After a busy time: so soon is the next change likely. Then the bell is armed, or the pauses grow.
 _SHORT_PAUSES_SECONDS = (0.002, 0.004, 0.008, 0.016)
 # The bell is trusted for so long; then one look, which also moves the position on.
-_LOOKOUT_SECONDS = 20.0
+_LOOKOUT_SECONDS = 30.0
 # What may wait in memory. Bytes are the bound that matters; keys keep the lanes' own bookkeeping small.
 MOST_WAITING_BYTES = 8 * 1024 * 1024
 MOST_WAITING_KEYS = 5_000
@@ -69,7 +71,9 @@ class Reader:
         poll_seconds: float,
         rescan: Callable[[set[int]], Any],
         added: Callable[[], None],
+        liveness: Liveness,
     ) -> None:
+        self._liveness = liveness
         self._database = database
         self._bell = bell
         self._mirrors = mirrors
@@ -102,16 +106,21 @@ class Reader:
         self._freed.set()
 
     async def run(self) -> None:
-        while await self._room():
-            if not await self._step():
-                self.caught_up.set()
-                await self._rest()
+        try:
+            while await self._room():
+                if not await self._step():
+                    self.caught_up.set()
+                    await self._rest()
+        finally:
+            self._liveness.rests(_READER)
 
     async def _room(self) -> bool:
         """Waits until the lanes can take a page; False if stopped."""
         while not self._stopping and (self._lanes.keys >= MOST_WAITING_KEYS or self._lanes.bytes >= MOST_WAITING_BYTES):
+            self._liveness.rests(_READER)
             self._freed.clear()
             await self._freed.wait()
+        self._liveness.moved(_READER)
         return not self._stopping
 
     async def _step(self) -> bool:
@@ -239,6 +248,7 @@ class Reader:
 
     async def _something(self) -> bool:
         moved = await look(self._database, self.position)
+        self._liveness.moved(_READER)
         if moved is None:
             return True
         self.position = moved

@@ -5,7 +5,7 @@
 - In a string or a key, a character that Convex refuses is written `~{hex}`: U+0000, lone surrogates, and in
   keys also every character that is not printable ASCII, and a leading `$`. An empty key is `~{}`. A `~` that
   stands before a `{` is itself written `~{7e}`, so that nothing else reads as a mark.
-- A value that Convex cannot hold as it is (a number that a Float64 would change, an object or array that is
+- A value that Convex cannot hold as it is (a number that a Float64 would change, or -0, an object or array that is
   too large or too deep, a key that is too long) becomes a string: `~{json}` and its JSON text.
 
 Limits: facts of Convex' values; the documents' nesting of 16 is counted from the document itself.
@@ -37,14 +37,16 @@ class _Number(str):
 
 def _integer(text: str) -> float | _Number:
     # Asked for its length first: Python refuses to read an integer of many thousand digits.
-    return float(text) if len(text) <= 17 and abs(int(text)) <= 2**53 else _Number(text)
+    return float(text) if len(text) <= 17 and abs(int(text)) <= 2**53 and text != "-0" else _Number(text)
 
 
 def _decimal(text: str) -> float | _Number:
     number = float(text)
     try:
         # repr is the shortest text that gives this very double: if it says something else, digits would be lost.
-        exact = math.isfinite(number) and Decimal(text) == Decimal(repr(number))
+        exact = (
+            math.isfinite(number) and Decimal(text) == Decimal(repr(number)) and not (number == 0 and text[0] == "-")
+        )
     except ArithmeticError:  # an exponent beyond even Decimal
         exact = False
     return number if exact else _Number(text)
@@ -54,10 +56,18 @@ def _constant(text: str) -> _Number:
     raise ValueError(f"{text} is not JSON")
 
 
+# Made once: json.loads() with hooks would build one for each text.
+_DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_decimal, parse_constant=_constant)
+
+
 def parse(text: str) -> Any:
-    """The value of a JSON text as Postgres prints it, made safe. Raises ValueError if it is not JSON."""
+    """The value of a JSON text as Postgres prints it, made safe. Raises ValueError if it is not JSON.
+
+    What comes out is its own Convex JSON: str, float, bool, None, and lists and dicts of them, and no -0,
+    infinity or NaN.
+    """
     try:
-        raw = json.loads(text, parse_int=_integer, parse_float=_decimal, parse_constant=_constant)
+        raw = _DECODER.decode(text)
     except RecursionError:
         return _JSON + _text(text)
     return _safe(raw, DEEPEST)

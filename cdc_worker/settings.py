@@ -1,9 +1,8 @@
 """Settings from the environment: read once, checked here, frozen."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import psycopg
@@ -38,17 +37,34 @@ Dsn = Annotated[SecretStr, AfterValidator(_conninfo)]
 Url = Annotated[str, AfterValidator(_http_url)]
 
 
-class Settings(BaseSettings):
-    """All that can be set. Durations are seconds, sizes are bytes."""
+class ConvexSettings(BaseSettings):
+    """Where Convex is: all that writing through (sync.py) needs."""
 
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
 
-    database_url: Dsn
-    listen_database_url: Dsn | None = None
     convex_url: Annotated[Url | None, Field(validation_alias=AliasChoices("CONVEX_URL", "NEXT_PUBLIC_CONVEX_URL"))] = (
         None
     )
     convex_deploy_key: SecretStr | None = None
+    # The whole of one exchange with Convex, which itself gives up after 300 s.
+    convex_timeout_seconds: Annotated[float, Field(validation_alias="CDC_CONVEX_TIMEOUT_SECONDS", ge=0.1, le=300)] = (
+        15.0
+    )
+    # How long a write-through is tried before its caller is told that it failed.
+    sync_seconds: Annotated[float, Field(validation_alias="CDC_SYNC_SECONDS", ge=0.1, le=300)] = 30.0
+
+    @property
+    def missing_for_convex(self) -> tuple[str, ...]:
+        """The settings without which there is nothing to talk to."""
+        given = {"CONVEX_URL": self.convex_url, "CONVEX_DEPLOY_KEY": self.convex_deploy_key}
+        return tuple(name for name, value in given.items() if value is None)
+
+
+class Settings(ConvexSettings):
+    """All that can be set. Durations are seconds, sizes are bytes."""
+
+    database_url: Dsn
+    listen_database_url: Dsn | None = None
     config: Annotated[Path, Field(validation_alias="CDC_CONFIG")] = Path("cdc_worker.toml")
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = "INFO"
     log_format: Literal["console", "json"] | None = None
@@ -65,43 +81,45 @@ class Settings(BaseSettings):
     poll_seconds: Annotated[float, Field(validation_alias="CDC_POLL_SECONDS", ge=0.01, le=60)] = 1.0
     # A holder that is silent for so long may be replaced.
     lease_seconds: Annotated[float, Field(validation_alias="CDC_LEASE_SECONDS", ge=3, le=600)] = 30.0
-    # The whole of one exchange with Convex, which itself gives up after 300 s.
-    convex_timeout_seconds: Annotated[float, Field(validation_alias="CDC_CONVEX_TIMEOUT_SECONDS", ge=0.1, le=300)] = (
-        15.0
-    )
     # The longest pause between two tries.
     backoff_seconds: Annotated[float, Field(validation_alias="CDC_BACKOFF_SECONDS", ge=0.05, le=300)] = 30.0
     # One statement of the worker in Postgres.
     statement_seconds: Annotated[float, Field(validation_alias="CDC_STATEMENT_SECONDS", ge=0.1, le=600)] = 20.0
+    # How long acknowledged changes stay in the log at least, so that moving a checkpoint back replays them.
+    retention_hours: Annotated[float, Field(validation_alias="CDC_RETENTION_HOURS", ge=0.01, le=720)] = 4.0
+    # The log turns to its next partition early when one is larger than this; it has three.
+    partition_bytes: Annotated[int, Field(validation_alias="CDC_PARTITION_BYTES", ge=65_536)] = 268_435_456
     # Between SIGTERM and giving up what is in flight; the platform kills after 30 s.
     drain_seconds: Annotated[float, Field(validation_alias="CDC_DRAIN_SECONDS", ge=0, le=25)] = 10.0
+    # Whoever is at work and comes to no end, good or bad, for so long is stuck: the process exits. Above all
+    # time limits.
+    stall_seconds: Annotated[float, Field(validation_alias="CDC_STALL_SECONDS", ge=60, le=7200)] = 600.0
     # Between two lines that say how things stand.
     heartbeat_seconds: Annotated[float, Field(validation_alias="CDC_HEARTBEAT_SECONDS", ge=1, le=3600)] = 60.0
 
 
-_ENV_NAMES = {
-    name: str(field.validation_alias) if isinstance(field.validation_alias, str) else name.upper()
-    for name, field in Settings.model_fields.items()
-}
+Loaded = TypeVar("Loaded", bound=ConvexSettings)
 
 
-def load_settings(**given: Any) -> Settings:
+def load_settings(kind: type[Loaded], **given: Any) -> Loaded:
     """The settings of this process.
 
     Raises ConfigError with a line for each setting that is missing or wrong; a secret's value is never in it.
     """
     try:
-        return Settings(**given)
+        return kind(**given)
     except ValidationError as error:
-        lines = [_refusal(dict(problem)) for problem in error.errors(include_url=False)]
+        lines = [_refusal(kind, dict(problem)) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(lines)) from None
 
 
-def _refusal(problem: Mapping[str, Any]) -> str:
+def _refusal(kind: type[ConvexSettings], problem: Mapping[str, Any]) -> str:
     place = str(problem["loc"][0])
-    name = _ENV_NAMES.get(place, place.upper())
+    field = kind.model_fields.get(place)
+    alias = field.validation_alias if field is not None else None
+    name = alias if isinstance(alias, str) else place.upper()
     if problem["type"] == "missing":
         return f"{name} is not set"
     secret = name.endswith(("DATABASE_URL", "KEY"))
-    value = "" if secret else f" (it is {os.environ.get(name, problem.get('input'))!r})"
+    value = "" if secret else f" (it is {problem.get('input')!r})"
     return f"{name}: {problem['msg'].removeprefix('Value error, ')}{value}"

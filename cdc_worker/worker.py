@@ -17,13 +17,14 @@ import psycopg
 import structlog
 
 from cdc_worker import backfill
-from cdc_worker.catalog import Plan, check
+from cdc_worker.catalog import Plan, check, uncaptured
 from cdc_worker.checkpoint import Checkpoint, Held
 from cdc_worker.database import GONE, Database
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import ConfigError, Fenced, FunctionFailed, Misconfigured, SchemaError
 from cdc_worker.lanes import Lanes
 from cdc_worker.listener import Bell
+from cdc_worker.liveness import Liveness
 from cdc_worker.migrate import load_migrations
 from cdc_worker.mirrors import Mirror
 from cdc_worker.opening import Opened, open_shard
@@ -31,6 +32,7 @@ from cdc_worker.outage import Outage
 from cdc_worker.outbox import Position
 from cdc_worker.parking import Parking
 from cdc_worker.reader import MirrorState, Reader
+from cdc_worker.rotation import rotate
 from cdc_worker.sender import Sender, Tally
 from cdc_worker.settings import Settings
 
@@ -39,8 +41,10 @@ log = structlog.get_logger()
 SHARD = "0"
 # While another worker has the lease, one look in so many seconds: how soon a dead one is replaced.
 _STANDBY_SECONDS = 1.0
-# Broken mirrors and rescans are looked at so often.
-_CARE_SECONDS = 30.0
+# What can wait is looked at so often; sooner while a mirror is broken.
+_CARE_SECONDS = 120.0
+_MENDING_SECONDS = 15.0
+_CHECKPOINT = "a checkpoint in Postgres"
 # A checkpoint for each batch would cost a commit each; what is acknowledged and not yet noted is only delivered twice.
 _CHECKPOINT_SECONDS = 0.1
 _RELEASE_SECONDS = 3.0
@@ -62,25 +66,19 @@ class Worker:
         self._stop = asyncio.Event()
         self._name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
         self._tally = Tally()
-        self._listen_said = False
+        self._liveness = Liveness(settings.stall_seconds)
 
     def stop(self) -> None:
         self._stop.set()
 
     async def run(self) -> None:
         settings = self._settings
+        self._liveness.start()
         log.info("worker.started", mirrors=len(self._mirrors), holder=self._name)
         async with Database(
             settings.database_url.get_secret_value(), statement_seconds=settings.statement_seconds
         ) as database:
-            missing = [
-                name
-                for name, value in (
-                    ("CONVEX_URL", settings.convex_url),
-                    ("CONVEX_DEPLOY_KEY", settings.convex_deploy_key),
-                )
-                if value is None
-            ]
+            missing = settings.missing_for_convex
             if settings.convex_url is None or missing:
                 await self._wait_unconfigured(database, missing)
             else:
@@ -88,6 +86,7 @@ class Worker:
                     settings.convex_url, settings.convex_deploy_key, timeout_seconds=settings.convex_timeout_seconds
                 ) as deployment:
                     await self._sessions(database, deployment)
+        self._liveness.end()
         log.info("worker.stopped")
 
     async def _wait_unconfigured(self, database: Database, missing: Sequence[str]) -> None:
@@ -111,7 +110,15 @@ class Worker:
     async def _sessions(self, database: Database, deployment: Deployment) -> None:
         troubles = _Troubles(self._settings.backoff_seconds)
         while not self._stop.is_set():
-            session = Session(self._settings, self._mirrors, database, deployment, holder=self._name, tally=self._tally)
+            session = Session(
+                self._settings,
+                self._mirrors,
+                database,
+                deployment,
+                holder=self._name,
+                tally=self._tally,
+                liveness=self._liveness,
+            )
             try:
                 await session.run(self._stop)
             except* Fenced as group:
@@ -187,18 +194,22 @@ class Session:
         *,
         holder: str,
         tally: Tally,
+        liveness: Liveness,
     ) -> None:
         self._settings = settings
         self._config = mirrors
         self._database = database
         self._deployment = deployment
         self._checkpoint = Checkpoint(database, SHARD, holder, lease_seconds=settings.lease_seconds)
-        self._outage = Outage(longest_pause_seconds=settings.backoff_seconds)
+        self._outage = Outage(longest_pause_seconds=settings.backoff_seconds, liveness=liveness)
+        self._liveness = liveness
         self._parking = Parking(database)
         self._lanes = Lanes()
         self._tally = tally
         self._settled = asyncio.Event()
         self._care_soon = asyncio.Event()
+        # Tables last seen without triggers.
+        self._bare: list[str] = []
         self._mirrors: dict[int, MirrorState] = {}
         # The database was fine: what comes next is a new trouble.
         self.worked = False
@@ -219,6 +230,7 @@ class Session:
             if held is not None:
                 await self._hold(held, bell, stop)
         finally:
+            self._liveness.rests(_CHECKPOINT)
             with contextlib.suppress(*GONE, psycopg.Error):
                 async with asyncio.timeout(_RELEASE_SECONDS):
                     await self._checkpoint.release()
@@ -313,6 +325,7 @@ class Session:
             poll_seconds=settings.poll_seconds,
             rescan=self._rescan,
             added=lambda: sender.wake(),  # noqa: PLW0108  # made below
+            liveness=self._liveness,
         )
 
         def settled() -> None:
@@ -343,6 +356,7 @@ class Session:
                 tasks.create_task(self._heartbeat(reader)),
             ]
             await stop.wait()
+            self._liveness.rests(_CHECKPOINT)
             started = time.monotonic()
             log.info("worker.stopping", drain_seconds=settings.drain_seconds, keys_under_way=self._lanes.keys)
             reader.stop()
@@ -367,6 +381,7 @@ class Session:
             self._settled.clear()
             if not await self._save(reader):
                 await self._checkpoint.renew()
+            self._liveness.moved(_CHECKPOINT)
             await asyncio.sleep(_CHECKPOINT_SECONDS)
 
     async def _save(self, reader: Reader) -> bool:
@@ -395,12 +410,18 @@ class Session:
         self._care_soon.set()
 
     async def _care(self, reader: Reader) -> None:
-        """Rescans, page by page while there is nothing else to do; and broken mirrors, whether they run again."""
+        """What can wait: rotation, broken mirrors that may run again, rescans page by page when all is read."""
         config = {mirror.name: mirror for mirror in self._config}
         while True:
+            await rotate(
+                self._database,
+                retention_hours=self._settings.retention_hours,
+                partition_bytes=self._settings.partition_bytes,
+            )
             for state in self._mirrors.values():
                 if state.plan is None and not state.retired:
                     await self._try_plan(state, config[state.name])
+            await self._look_at_triggers()
             plans = {state.id: state.plan for state in self._mirrors.values() if state.plan is not None}
             while (step := await backfill.step(self._database, plans, self._list_documents)) is not None:
                 reader.caught_up.clear()
@@ -415,8 +436,16 @@ class Session:
                 await reader.caught_up.wait()
             self._care_soon.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_CARE_SECONDS):
+                broken = any(state.broken for state in self._mirrors.values())
+                async with asyncio.timeout(_MENDING_SECONDS if broken else _CARE_SECONDS):
                     await self._care_soon.wait()
+
+    async def _look_at_triggers(self) -> None:
+        """A table that was made anew, or a new partition, has none: said when it is seen, and again when it changes."""
+        bare = await uncaptured(self._database, self._config)
+        if bare and bare != self._bare:
+            log.error("capture.missing", tables=bare, cure="run `cdc-worker migrate`, then `backfill`")
+        self._bare = bare
 
     async def _list_documents(self, plan: Plan, after: str | None, limit: int) -> Sequence[str]:
         async def attempt() -> list[str]:

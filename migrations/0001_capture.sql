@@ -34,6 +34,10 @@ create table cdc.outbox_1 partition of cdc.outbox for values in (1);
 create table cdc.outbox_2 partition of cdc.outbox for values in (2);
 create index outbox_xid_id on cdc.outbox (xid, id);
 
+-- When capture last turned to the next partition. One row.
+create table cdc.rotation (rotated_at timestamptz not null default now());
+insert into cdc.rotation default values;
+
 -- Where a shard's reader has got to, and who reads it. All of it in one row, so that one small update is the checkpoint.
 --   position     every change that is visible in this snapshot is acknowledged
 --   window_end   while a large window is paged: the snapshot that ends it, and the last row acknowledged in it

@@ -1,0 +1,221 @@
+"""Writing through: for what the application shows in Convex and keeps in no table.
+
+    from cdc_worker.sync import sync_activity, sync_user_status
+
+    sync_activity(user.id, "conversation", "Called the hotline", datetime.now(UTC), idempotency_key=f"call-{call.id}")
+    await sync_user_status_async(user.id, next_due=None)
+
+What has a table belongs in a mirror: this writes at once and to Convex alone, so a process that dies before
+the call has written nothing. The transport, its deadlines and the rule for JSON are the worker's. One event
+loop, in a thread of its own, holds the connections for all callers of the process, so that each call does not
+pay for a new TLS session.
+"""
+
+import asyncio
+import json
+import os
+import threading
+import uuid
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
+
+import structlog
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+from cdc_worker.deployment import Deployment
+from cdc_worker.errors import CdcError, FunctionFailed, Misconfigured, Transient
+from cdc_worker.safe_json import parse
+from cdc_worker.settings import ConvexSettings, load_settings
+from convex import ConvexError
+
+log = structlog.get_logger()
+
+ActivityType = Literal["check-in", "alert", "conversation"]
+AlertLevel = Literal["L1", "L2", "L3", "L4"]
+# An instant: a datetime (a naive one is taken as UTC), or milliseconds since 1970.
+Instant = datetime | int | float
+
+
+class Unset:
+    """The type of UNSET: a field that stays as it is, while None clears it."""
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+
+UNSET: Final = Unset()
+
+
+class SyncError(CdcError):
+    """Convex did not take it within CDC_SYNC_SECONDS, or refused it. The same call may be made again."""
+
+
+def sync_activity(  # noqa: PLR0917  # as it is published
+    user_id: str,
+    type: ActivityType,  # noqa: A002  # the field's name
+    description: str,
+    timestamp: Instant,
+    metadata: Any = None,
+    idempotency_key: str | None = None,
+) -> str | None:
+    """Adds an activity and returns its id; the same id for the same `idempotency_key`, however often it is called.
+
+    Without a key each call is an activity of its own (its retries are still one). Returns None, with one log line, if
+    Convex is not configured. Raises SyncError.
+    """
+    added: str | None = _wait(_activity(user_id, type, description, timestamp, metadata, idempotency_key))
+    return added
+
+
+async def sync_activity_async(  # noqa: PLR0917  # as it is published
+    user_id: str,
+    type: ActivityType,  # noqa: A002  # the field's name
+    description: str,
+    timestamp: Instant,
+    metadata: Any = None,
+    idempotency_key: str | None = None,
+) -> str | None:
+    """`sync_activity` for callers with an event loop."""
+    return await asyncio.wrap_future(
+        _submit(_activity(user_id, type, description, timestamp, metadata, idempotency_key))
+    )
+
+
+def sync_user_status(
+    user_id: str,
+    *,
+    last_check_in: Instant | Unset | None = UNSET,
+    next_due: Instant | Unset | None = UNSET,
+    alert_level: AlertLevel | Unset | None = UNSET,
+    alert_triggered_at: Instant | Unset | None = UNSET,
+) -> None:
+    """Sets fields of a user's status: None clears one, an omitted one stays.
+
+    Does nothing, with one log line, if Convex is not configured. Raises SyncError.
+    """
+    _wait(_status(user_id, last_check_in, next_due, alert_level, alert_triggered_at))
+
+
+async def sync_user_status_async(
+    user_id: str,
+    *,
+    last_check_in: Instant | Unset | None = UNSET,
+    next_due: Instant | Unset | None = UNSET,
+    alert_level: AlertLevel | Unset | None = UNSET,
+    alert_triggered_at: Instant | Unset | None = UNSET,
+) -> None:
+    """`sync_user_status` for callers with an event loop."""
+    await asyncio.wrap_future(_submit(_status(user_id, last_check_in, next_due, alert_level, alert_triggered_at)))
+
+
+def _milliseconds(instant: Instant) -> float:
+    if not isinstance(instant, datetime):
+        return float(instant)
+    aware = instant if instant.tzinfo is not None else instant.replace(tzinfo=UTC)
+    return float((aware - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() * 1000 // 1)
+
+
+async def _activity(  # noqa: PLR0917  # as it is published
+    user_id: str, kind: str, description: str, timestamp: Instant, metadata: Any, idempotency_key: str | None
+) -> str | None:
+    args = {
+        "userId": user_id,
+        "type": kind,
+        "description": description,
+        "timestamp": _milliseconds(timestamp),
+        # A retry must not be a second activity, also where the caller does not care.
+        "idempotencyKey": idempotency_key or str(uuid.uuid4()),
+    }
+    if metadata is not None:
+        args["metadata"] = parse(json.dumps(metadata))
+    value = await _call("activities:addActivity", args)
+    return str(value) if value is not None else None
+
+
+async def _status(
+    user_id: str,
+    last_check_in: Instant | Unset | None,
+    next_due: Instant | Unset | None,
+    alert_level: str | Unset | None,
+    alert_triggered_at: Instant | Unset | None,
+) -> None:
+    args: dict[str, Any] = {"userId": user_id}
+    times = {"lastCheckIn": last_check_in, "nextDue": next_due, "alertTriggeredAt": alert_triggered_at}
+    for name, instant in times.items():
+        if not isinstance(instant, Unset):
+            args[name] = None if instant is None else _milliseconds(instant)
+    if not isinstance(alert_level, Unset):
+        args["alertLevel"] = alert_level
+    await _call("alerts:updateUserStatus", args)
+
+
+async def _call(path: str, args: dict[str, Any]) -> Any:
+    settings = load_settings(ConvexSettings)
+    if settings.missing_for_convex:
+        log.warning("sync.skipped", function=path, missing=list(settings.missing_for_convex), cure="set it")
+        return None
+    deployment = await _LOOP.deployment(settings)
+    try:
+        async for attempt in AsyncRetrying(
+            wait=wait_random_exponential(multiplier=0.1, max=5.0),
+            stop=stop_after_delay(settings.sync_seconds),
+            retry=retry_if_exception_type(Transient),
+            reraise=True,
+        ):
+            with attempt:
+                return await deployment.call("mutation", path, args)
+    except (Transient, Misconfigured, FunctionFailed, ConvexError) as error:
+        raise SyncError(f"{path}: {error}") from None
+
+
+class _Loop:
+    """The thread with the event loop, made at the first call, and made anew in a forked child."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._deployment: tuple[ConvexSettings, Deployment] | None = None
+
+    def get(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="cdc_worker.sync", daemon=True).start()
+            return self._loop
+
+    async def deployment(self, settings: ConvexSettings) -> Deployment:
+        """The connections to the deployment of these settings. Runs in the loop, so calls never overlap half-way."""
+        if self._deployment is not None:
+            known, open_already = self._deployment
+            if known == settings:
+                return open_already
+            self._deployment = None
+            await open_already.__aexit__(None, None, None)
+        assert settings.convex_url is not None
+        made = await Deployment(
+            settings.convex_url, settings.convex_deploy_key, timeout_seconds=settings.convex_timeout_seconds
+        ).__aenter__()
+        self._deployment = (settings, made)
+        return made
+
+
+_LOOP = _Loop()
+
+
+def _forget() -> None:
+    """In a forked child the thread is gone, and the connections are the parent's."""
+    global _LOOP  # noqa: PLW0603  # the one place that replaces it
+    _LOOP = _Loop()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _submit(work: Coroutine[Any, Any, Any]) -> "Future[Any]":
+    return asyncio.run_coroutine_threadsafe(work, _LOOP.get())
+
+
+def _wait(work: Coroutine[Any, Any, Any]) -> Any:
+    return _submit(work).result()

@@ -1,0 +1,131 @@
+"""The application of these tests: its tables, the mirrors over them, and a database in which both are at home."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, LiteralString, cast
+
+import psycopg
+
+from cdc_worker.migrate import migrate
+from cdc_worker.mirrors import Mirror, Source
+
+# A user's check-ins, and what the status is made of. Names as Prisma makes them.
+TABLES: LiteralString = """
+create table "User" (
+    id text primary key, name text, "lastCheckInAt" timestamp(3), "nextCheckInDue" timestamptz
+);
+create table "CheckIn" (
+    id text primary key, "userId" text not null, note text, mood jsonb, "createdAt" timestamp(3) not null
+);
+create type alert_level as enum ('L1', 'L2', 'L3', 'L4');
+create table "Alert" (
+    id text primary key, "userId" text not null, level alert_level not null,
+    "triggeredAt" timestamptz not null, "resolvedAt" timestamptz
+);
+"""
+
+CHECK_INS = Mirror(
+    name="check-ins",
+    target="activity",
+    key=("id",),
+    query="""
+        select id, "userId" as user_id, 'check-in' as type, coalesce(note, 'Checked in') as description,
+               "createdAt" as timestamp, mood as metadata
+        from "CheckIn"
+    """,
+    sources=(Source(table='"CheckIn"', key=("id",)),),
+)
+STATUS = Mirror(
+    name="status",
+    target="status",
+    key=("user_id",),
+    query="""
+        select u.id as user_id, u."lastCheckInAt" as last_check_in, u."nextCheckInDue" as next_due,
+               a.level as alert_level, a."triggeredAt" as alert_triggered_at
+        from "User" u
+        left join lateral (select level, "triggeredAt" from "Alert"
+                           where "userId" = u.id and "resolvedAt" is null order by level desc limit 1) a on true
+    """,
+    sources=(Source(table='"User"', key=("id",)), Source(table='"Alert"', key=("userId",))),
+)
+MIRRORS = (CHECK_INS, STATUS)
+
+
+def toml(mirrors: Sequence[Mirror]) -> str:
+    """The same mirrors as text, for a worker in a process of its own."""
+
+    def words(names: Sequence[str]) -> str:
+        return "[" + ", ".join(f"'{name}'" for name in names) + "]"
+
+    parts = []
+    for mirror in mirrors:
+        sources = ", ".join(
+            f"{{ table = '{source.table}', key = {words(source.key)}, watch = {words(source.watch)} }}"
+            for source in mirror.sources
+        )
+        parts.append(
+            f"[[mirror]]\nname = '{mirror.name}'\ntarget = '{mirror.target}'\nkey = {words(mirror.key)}\n"
+            f"query = '''\n{mirror.query}\n'''\nsources = [{sources}]\n"
+        )
+    return "\n".join(parts)
+
+
+def rows_of(table: str, *, name: str = "rows", key: Sequence[str] = ("id",), watch: Sequence[str] = ()) -> Mirror:
+    """An activity for each row of a table that has the key's columns, and needs no other."""
+    columns = ", ".join(f'"{column}"' for column in key)
+    return Mirror(
+        name=name,
+        target="activity",
+        key=tuple(key),
+        query=f"""
+            select {columns}, 'someone' as user_id, 'check-in' as type, 'row' as description, now() as timestamp
+            from {table}
+        """,
+        sources=(Source(table=table, key=tuple(key), watch=tuple(watch)),),
+    )
+
+
+def migrate_now(dsn: str, mirrors: Sequence[Mirror]) -> None:
+    asyncio.run(asyncio.wait_for(migrate(dsn, mirrors), 30))
+
+
+class Database:
+    """A database as the application uses it: a connection in autocommit, and a look at what capture wrote."""
+
+    def __init__(self, dsn: str, ddl: str = "", mirrors: Sequence[Mirror] | None = None) -> None:
+        self.dsn = dsn
+        self.connection = psycopg.connect(dsn, autocommit=True, options="-c statement_timeout=20s")
+        self.execute(ddl)
+        if mirrors is not None:
+            self.migrate(mirrors)
+
+    def __enter__(self) -> "Database":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+
+    def execute(self, statement: str, *params: Any) -> list[tuple[Any, ...]]:
+        """One or several statements; the rows of the last."""
+        cursor = self.connection.execute(cast("LiteralString", statement), params or None)
+        return cursor.fetchall() if cursor.description is not None else []
+
+    def one(self, statement: str, *params: Any) -> Any:
+        """The only value of the only row."""
+        ((value,),) = self.execute(statement, *params)
+        return value
+
+    def migrate(self, mirrors: Sequence[Mirror]) -> None:
+        migrate_now(self.dsn, mirrors)
+
+    def captured(self) -> list[str | None]:
+        """The keys that were captured since the last call, in order; None asks for a rescan."""
+        taken = self.execute("with taken as (delete from cdc.outbox returning id, key) select key from taken order by id")
+        return [key for (key,) in taken]
+
+    def captured_by_mirror(self) -> list[tuple[str, str | None]]:
+        taken = self.execute(
+            "with taken as (delete from cdc.outbox returning id, mirror, key)"
+            " select m.name, t.key from taken t join cdc.mirror m on m.id = t.mirror order by m.name, t.key"
+        )
+        return cast("list[tuple[str, str | None]]", taken)
