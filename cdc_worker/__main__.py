@@ -31,6 +31,7 @@ app = typer.Typer(
     name="cdc-worker",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="""Keeps documents in Convex equal to rows in your Postgres.
 

@@ -36,9 +36,10 @@ class Plan:
     """A mirror's query, wrapped for what the worker does with it. The key's parts go in as arrays of text."""
 
     mirror: Mirror
-    # Columns behind the key's texts in a row of `documents`.
+    # The document's columns in a row of `documents`, behind the key's texts and the row's bytes.
     columns: tuple[str, ...]
-    # $1..$n: the key's parts, one array for each key column.
+    # $1..$n: the key's parts, one array for each key column; then a number of bytes: of a larger row only the
+    # size comes.
     documents: LiteralString
     # $1: how many keys; $2..: the last key's parts.
     first_keys: LiteralString
@@ -170,6 +171,7 @@ def _plan(mirror: Mirror, types: dict[str, int]) -> Plan:
         sql.SQL(", ").join(keys),
         sql.SQL(", ").join(sql.SQL("{}::{}").format(_parameter(n), kind) for n, kind in enumerate(casts, 2)),
     )
+    limit = _parameter(len(keys) + 1)
     order = sql.SQL(", ").join(keys)
     present = sql.SQL(" and ").join(sql.SQL("{} is not null").format(key) for key in keys)
 
@@ -180,8 +182,15 @@ def _plan(mirror: Mirror, types: dict[str, int]) -> Plan:
         mirror=mirror,
         columns=columns,
         documents=text(
-            sql.SQL("select {}, {} from {} where {}").format(
-                key_texts, sql.SQL(", ").join(_value(name) for name in columns), query, sql.SQL(" and ").join(narrowed)
+            sql.SQL("select {}, v.bytes, {} from {} cross join lateral ({}) as v where {}").format(
+                key_texts,
+                sql.SQL(", ").join(
+                    sql.SQL("case when v.bytes <= {} then v.{} end").format(limit, sql.Identifier(name))
+                    for name in columns
+                ),
+                query,
+                _measured(columns),
+                sql.SQL(" and ").join(narrowed),
             )
         ),
         first_keys=text(
@@ -199,6 +208,19 @@ def _plan(mirror: Mirror, types: dict[str, int]) -> Plan:
 
 def _parameter(number: int) -> sql.SQL:
     return sql.SQL(f"${number}")
+
+
+def _measured(columns: Sequence[str]) -> sql.Composed:
+    """The columns and their bytes. `offset 0` keeps the planner from writing out each value twice, once to
+    measure it.
+    """
+    values = sql.SQL(", ").join(sql.SQL("{} as {}").format(_value(name), sql.Identifier(name)) for name in columns)
+    sizes = sql.SQL(" + ").join(
+        sql.SQL("coalesce(octet_length({}), 0)").format(sql.Identifier(name))
+        for name in columns
+        if name not in _TIME_COLUMNS
+    )
+    return sql.SQL("select *, {} as bytes from (select {} offset 0) as t").format(sizes, values)
 
 
 def _value(name: str) -> sql.Composed:

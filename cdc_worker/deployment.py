@@ -18,7 +18,7 @@ import aiohttp
 from convex.values import convex_to_json, json_to_convex
 from pydantic import SecretStr
 
-from cdc_worker.errors import FunctionFailed, Misconfigured, Transient
+from cdc_worker.errors import FunctionFailed, Misconfigured, Overloaded, Transient
 from convex import ConvexError
 
 Kind = Literal["query", "mutation"]
@@ -123,6 +123,8 @@ def _decode(status: int, text: bytes) -> Any:
         raise Misconfigured(f"{said}: {_CURES[status]}")
     if 300 <= status < 400:
         raise Misconfigured(f"{said}: CONVEX_URL is redirected; give the deployment's own address")
+    if status in {429, 503}:  # too many at once, or a conflict that Convex' own retries did not solve
+        raise Overloaded(said)
     raise Transient(said)
 
 

@@ -24,6 +24,10 @@ class Transient(CdcError):
     """Convex may or may not have done it. Reaction: the same request again, with backoff and full jitter, for ever."""
 
 
+class Overloaded(Transient):
+    """Convex has too much at the moment. Reaction: as for Transient, and less at once."""
+
+
 class Misconfigured(CdcError):
     """Convex refuses us as a whole (key, address, functions, paused). Reaction: say it loudly and seldom, keep
     all, try on.

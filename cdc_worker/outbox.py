@@ -26,15 +26,26 @@ class LogRow:
     mirror_id: int
     # None: rescan the mirror
     key: str | None
+    xid: int
+    id: int
 
 
 @dataclass(frozen=True)
 class Page:
+    # The snapshot behind the window.
+    start: str
     rows: Sequence[LogRow]
     # Where the reader is once this page is acknowledged.
     end: Position
     # Seconds between the oldest row's transaction and this reading; 0 for no rows.
     age_seconds: float
+
+    def cut(self, count: int) -> "Page":
+        """The page that ends behind its first `count` rows (at least one), within its window."""
+        window_end = self.end.window_end or self.end.snapshot
+        last = self.rows[count - 1]
+        end = Position(self.start, window_end, last.xid, last.id)
+        return Page(self.start, self.rows[:count], end, self.age_seconds)
 
 
 # The two arms are index ranges of (xid, id): neither a long transaction nor dead rows make them pass old ground.
@@ -83,12 +94,10 @@ async def read_page(connection: Connection, position: Position, limit: int) -> P
     """
     end = position.window_end or (await fetch_one(connection, _NOW))[0]
     found = await fetch(connection, PAGE, position.snapshot, end, str(position.after_xid), position.after_id, limit)
-    rows = [LogRow(mirror, key) for mirror, key, _, _, _ in found]
+    rows = [LogRow(mirror, key, int(xid), row_id) for mirror, key, xid, row_id, _ in found]
     age = max((seconds for *_, seconds in found), default=0.0)
-    if len(found) < limit:
-        return Page(rows, Position(end), age)
-    _, _, xid, last_id, _ = found[-1]
-    return Page(rows, Position(position.snapshot, end, int(xid), last_id), age)
+    page = Page(position.snapshot, rows, Position(end), age)
+    return page.cut(limit) if len(rows) == limit else page
 
 
 async def mark(connection: Connection, mirror_id: int, keys: Sequence[str]) -> None:

@@ -1,59 +1,25 @@
-"""The reader: pages of the log, the rows of their keys in the same snapshot, numbered, into the lanes."""
+"""The reader: page after page of the log, read late and numbered, into the lanes; and how it rests in between."""
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import psycopg
-import structlog
-
-from cdc_worker.catalog import Plan
-from cdc_worker.database import GONE, Connection, Database, fetch, first_lines
-from cdc_worker.documents import Event, Problem, UnfitRow, document, event
-from cdc_worker.errors import SchemaError
-from cdc_worker.keys import join_key, split_key
+from cdc_worker.database import Database
 from cdc_worker.lanes import Lanes
+from cdc_worker.late_read import LateReader, MirrorState
 from cdc_worker.listener import Bell
 from cdc_worker.liveness import Liveness
-from cdc_worker.outbox import Page, Position, look, read_page
-
-log = structlog.get_logger()
+from cdc_worker.outbox import Position, look
 
 _READER = "the log in Postgres"
-SNAPSHOT = "isolation level repeatable read read only"
-
 # After a busy time: so soon is the next change likely. Then the bell is armed, or the pauses grow.
 _SHORT_PAUSES_SECONDS = (0.002, 0.004, 0.008, 0.016)
 # The bell is trusted for so long; then one look, which also moves the position on.
 _LOOKOUT_SECONDS = 30.0
 # What may wait in memory. Bytes are the bound that matters; keys keep the lanes' own bookkeeping small.
 MOST_WAITING_BYTES = 8 * 1024 * 1024
-MOST_WAITING_KEYS = 5_000
-
-
-@dataclass
-class MirrorState:
-    """A mirror at work: its plan, or why there is none."""
-
-    id: int
-    name: str
-    width: int
-    plan: Plan | None
-    # What is wrong with the query; "" while there is a plan.
-    broken: str = ""
-    # No longer in cdc_worker.toml: what the log still says of it is passed over (`migrate` said so).
-    retired: bool = False
-
-
-@dataclass
-class Readings:
-    """What a page became: one event for each key, and the mirrors to be scanned anew."""
-
-    page: Page
-    events: list[Event] = field(default_factory=list)
-    rescans: set[int] = field(default_factory=set)
+MOST_WAITING_KEYS = 10_000
 
 
 class Reader:
@@ -76,10 +42,9 @@ class Reader:
         self._liveness = liveness
         self._database = database
         self._bell = bell
-        self._mirrors = mirrors
+        self._late = LateReader(database, mirrors, page_rows=page_rows)
         self._lanes = lanes
         self.position = position
-        self._page_rows = page_rows
         self._poll_seconds = poll_seconds
         self._rescan = rescan
         self._added = added
@@ -125,12 +90,8 @@ class Reader:
 
     async def _step(self) -> bool:
         """Reads one page; False if there was none."""
-        try:
-            readings = await self._read(careful=False)
-        except psycopg.Error as error:
-            if isinstance(error, GONE) and not isinstance(error, psycopg.errors.QueryCanceled):
-                raise
-            readings = await self._read(careful=True)
+        self._number += 1
+        readings = await self._late.read(self.position, self._number)
         page = readings.page
         if readings.rescans:
             await self._rescan(readings.rescans)
@@ -144,79 +105,6 @@ class Reader:
         self._lanes.add(page.end, readings.events)
         self._added()
         return True
-
-    async def _read(self, *, careful: bool) -> Readings:
-        """A page and the rows of its keys in one snapshot. Careful: one mirror's error is its own, and found
-        by halving.
-        """
-        async with self._database.transaction(SNAPSHOT) as connection:
-            page = await read_page(connection, self.position, self._page_rows)
-            readings = Readings(page)
-            keys: dict[int, dict[str, None]] = {}
-            for row in page.rows:
-                if row.mirror_id not in self._mirrors:
-                    raise SchemaError(
-                        f"the log names mirror {row.mirror_id}, which is not in cdc_worker.toml: run migrate"
-                    )
-                if row.key is None:
-                    readings.rescans.add(row.mirror_id)
-                else:
-                    keys.setdefault(row.mirror_id, {})[row.key] = None
-            self._number += 1
-            for mirror_id, dirty in keys.items():
-                state = self._mirrors[mirror_id]
-                readings.events += await self._documents(connection, state, list(dirty), careful=careful)
-        return readings
-
-    async def _documents(
-        self, connection: Connection, state: MirrorState, keys: Sequence[str], *, careful: bool
-    ) -> list[Event]:
-        if state.retired:
-            return []
-        if state.plan is None:
-            return [_unfit(state, key, ("mirror", state.broken)) for key in keys]
-        if not careful:
-            return await self._query(connection, state, state.plan, keys)
-        try:
-            async with connection.transaction():
-                return await self._query(connection, state, state.plan, keys)
-        except psycopg.Error as error:
-            if isinstance(error, GONE) and not isinstance(error, psycopg.errors.QueryCanceled):
-                raise
-            said = first_lines(error) if (error.sqlstate or "").startswith("42") else _name(error)
-            if (error.sqlstate or "").startswith("42"):
-                # The query as a whole: an unknown column or table, a right taken away.
-                state.plan, state.broken = None, said
-                log.error(
-                    "mirror.broken",
-                    mirror=state.name,
-                    cause=said,
-                    cure="mend the query in cdc_worker.toml and run migrate",
-                )
-                return [_unfit(state, key, ("mirror", said)) for key in keys]
-        if len(keys) == 1:
-            return [_unfit(state, keys[0], ("row", said))]
-        middle = len(keys) // 2
-        return [
-            *await self._documents(connection, state, keys[:middle], careful=True),
-            *await self._documents(connection, state, keys[middle:], careful=True),
-        ]
-
-    async def _query(self, connection: Connection, state: MirrorState, plan: Plan, keys: Sequence[str]) -> list[Event]:
-        width = state.width
-        parts = [split_key(key, width) for key in keys]
-        found: dict[str, list[tuple[Any, ...]]] = {}
-        for row in await fetch(connection, plan.documents, *(list(column) for column in zip(*parts, strict=True))):
-            found.setdefault(join_key(row[:width]), []).append(row[width:])
-        return [self._event(state, plan, key, found.get(key, ())) for key in keys]
-
-    def _event(self, state: MirrorState, plan: Plan, key: str, rows: Sequence[tuple[Any, ...]]) -> Event:
-        try:
-            if len(rows) > 1:
-                raise UnfitRow("the query yields several rows for this key")
-            return event(plan, state.id, key, self._number, document(plan, rows[0]) if rows else None)
-        except UnfitRow as error:
-            return _unfit(state, key, ("row", str(error)))
 
     async def _rest(self) -> None:
         """Returns when there may be something to read: rung, polled, or woken."""
@@ -253,12 +141,3 @@ class Reader:
             return True
         self.position = moved
         return self._stopping
-
-
-def _unfit(state: MirrorState, key: str, problem: Problem) -> Event:
-    return Event(state.id, key, b"", problem)
-
-
-def _name(error: psycopg.Error) -> str:
-    """What kind of error: the message itself can quote a value (`invalid input syntax for type integer: "..."`)."""
-    return f"the query fails on this row: {type(error).__name__} ({error.sqlstate})"

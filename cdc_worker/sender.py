@@ -12,9 +12,10 @@ from typing_extensions import TypedDict
 
 from cdc_worker.deployment import Deployment
 from cdc_worker.documents import Event, Problem
-from cdc_worker.errors import Fenced, FunctionFailed, Misconfigured
+from cdc_worker.errors import Fenced, FunctionFailed, Misconfigured, Overloaded
 from cdc_worker.lanes import Lanes
 from cdc_worker.outage import Outage
+from cdc_worker.pace import Pace
 from cdc_worker.parking import Parking
 from convex import ConvexError
 
@@ -58,7 +59,7 @@ class Tally:
 
 
 class Sender:
-    """Keeps up to `in_flight` batches under way. `run` returns only by an error or by being stopped."""
+    """Keeps as many batches under way as the pace allows. `run` returns when stopped; otherwise it only raises."""
 
     def __init__(
         self,
@@ -69,9 +70,8 @@ class Sender:
         *,
         shard: str,
         epoch: int,
-        batch_keys: int,
+        pace: Pace,
         batch_bytes: int,
-        in_flight: int,
         settled: Callable[[], None],
         tally: Tally,
     ) -> None:
@@ -80,9 +80,8 @@ class Sender:
         self._parking = parking
         self._outage = outage
         self._head = json.dumps({"shard": shard, "epoch": float(epoch)})[:-1].encode()
-        self._batch_keys = batch_keys
+        self._pace = pace
         self._batch_bytes = batch_bytes
-        self._in_flight = in_flight
         self._settled = settled
         self._tally = tally
         # Something to send came in, or a place became free: look again.
@@ -102,8 +101,8 @@ class Sender:
         async with asyncio.TaskGroup() as batches:
             while True:
                 self._wake.clear()
-                while not self._stopping and self._under_way < self._in_flight:
-                    events = self._lanes.take(self._batch_keys, self._batch_bytes)
+                while not self._stopping and self._under_way < self._pace.in_flight:
+                    events = self._lanes.take(self._pace.keys, self._batch_bytes)
                     if not events:
                         break
                     self._under_way += 1
@@ -128,19 +127,25 @@ class Sender:
         if not events:
             return
         started = time.monotonic()
+        full = len(events) >= self._pace.keys
+        number = self._pace.sent()
         try:
-            answer = await self._outage.insist(lambda: self._apply_or_probe(events))
+            answer = await self._outage.insist(lambda: self._apply_or_probe(events, number))
         except FunctionFailed as failure:
             await self._bisect(events, str(failure))
             return
+        self._pace.good(full=full, took_seconds=time.monotonic() - started)
         if answer["outcome"] == "fenced":
             raise Fenced("Convex gave this shard another epoch")
         await self._note(events, answer["verdicts"], started)
 
-    async def _apply_or_probe(self, events: Sequence[Event]) -> _Applied | _FencedAnswer:
+    async def _apply_or_probe(self, events: Sequence[Event], number: int) -> _Applied | _FencedAnswer:
         """Raises FunctionFailed only if these very events are at fault: an empty batch passes."""
         try:
             return await self._apply(events)
+        except Overloaded:
+            self._pace.too_much(number)
+            raise
         except (FunctionFailed, ConvexError) as failure:
             try:
                 await self._apply(())
@@ -163,6 +168,8 @@ class Sender:
 
     async def _bisect(self, events: Sequence[Event], reason: str) -> None:
         if len(events) > 1:
+            if len(events) >= self._pace.keys:
+                self._pace.too_large()
             middle = len(events) // 2
             await self._deliver(events[:middle])
             await self._deliver(events[middle:])

@@ -70,11 +70,11 @@ class Settings(ConvexSettings):
     log_format: Literal["console", "json"] | None = None
 
     # Keys in one mutation. A mutation may read 4,096 index ranges and run 1 s; a key costs up to three ranges.
-    batch_keys: Annotated[int, Field(validation_alias="CDC_BATCH_KEYS", ge=1, le=500)] = 250
+    batch_keys: Annotated[int, Field(validation_alias="CDC_BATCH_KEYS", ge=1, le=500)] = 500
     # A mutation's arguments may have 16 MiB; 1 MiB keeps one well inside its second of JS time.
     batch_bytes: Annotated[int, Field(validation_alias="CDC_BATCH_BYTES", ge=65_536, le=8_388_608)] = 1_048_576
     # The smallest plan runs 16 mutations at once, and the application wants some of them.
-    in_flight: Annotated[int, Field(validation_alias="CDC_IN_FLIGHT", ge=1, le=16)] = 4
+    in_flight: Annotated[int, Field(validation_alias="CDC_IN_FLIGHT", ge=1, le=16)] = 12
     # Log rows read in one snapshot.
     page_rows: Annotated[int, Field(validation_alias="CDC_PAGE_ROWS", ge=1, le=10_000)] = 1_000
     # How often to look where LISTEN does not work.

@@ -23,6 +23,7 @@ from cdc_worker.database import GONE, Database
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import ConfigError, Fenced, FunctionFailed, Misconfigured, SchemaError
 from cdc_worker.lanes import Lanes
+from cdc_worker.late_read import MirrorState
 from cdc_worker.listener import Bell
 from cdc_worker.liveness import Liveness
 from cdc_worker.migrate import load_migrations
@@ -30,8 +31,9 @@ from cdc_worker.mirrors import Mirror
 from cdc_worker.opening import Opened, open_shard
 from cdc_worker.outage import Outage
 from cdc_worker.outbox import Position
+from cdc_worker.pace import Pace
 from cdc_worker.parking import Parking
-from cdc_worker.reader import MirrorState, Reader
+from cdc_worker.reader import Reader
 from cdc_worker.rotation import rotate
 from cdc_worker.sender import Sender, Tally
 from cdc_worker.settings import Settings
@@ -39,6 +41,8 @@ from cdc_worker.settings import Settings
 log = structlog.get_logger()
 
 SHARD = "0"
+# Where the size of a batch starts from; the deployment's answers decide what it becomes.
+_FIRST_BATCH_KEYS = 250
 # While another worker has the lease, one look in so many seconds: how soon a dead one is replaced.
 _STANDBY_SECONDS = 1.0
 # What can wait is looked at so often; sooner while a mirror is broken.
@@ -328,6 +332,8 @@ class Session:
             liveness=self._liveness,
         )
 
+        pace = Pace(keys=_FIRST_BATCH_KEYS, most_keys=settings.batch_keys, most_in_flight=settings.in_flight)
+
         def settled() -> None:
             self._settled.set()
             reader.freed()
@@ -339,9 +345,8 @@ class Session:
             self._outage,
             shard=SHARD,
             epoch=opened.epoch,
-            batch_keys=settings.batch_keys,
+            pace=pace,
             batch_bytes=settings.batch_bytes,
-            in_flight=settings.in_flight,
             settled=settled,
             tally=self._tally,
         )
@@ -353,7 +358,7 @@ class Session:
             others = [
                 tasks.create_task(self._keep_checkpoint(reader)),
                 tasks.create_task(self._care(reader)),
-                tasks.create_task(self._heartbeat(reader)),
+                tasks.create_task(self._heartbeat(reader, pace)),
             ]
             await stop.wait()
             self._liveness.rests(_CHECKPOINT)
@@ -466,7 +471,7 @@ class Session:
 
         return await self._outage.insist(attempt)
 
-    async def _heartbeat(self, reader: Reader) -> None:
+    async def _heartbeat(self, reader: Reader, pace: Pace) -> None:
         while True:
             await asyncio.sleep(self._settings.heartbeat_seconds)
             since = reader.oldest_since
@@ -475,5 +480,7 @@ class Session:
                 lag_seconds=round(time.monotonic() - since, 1) if since is not None else 0.0,
                 keys_under_way=self._lanes.keys,
                 parked_keys=self._parking.count,
+                batch_keys=pace.keys,
+                batches_in_flight=pace.in_flight,
                 **self._tally.take(),
             )

@@ -23,28 +23,22 @@ MOST_ROWS_OF_A_USER: Final = 40
 """Then the account is closed. A public query shows 100 activities at most: so all of them can be compared."""
 
 _NAMES = (
-    "Ada Alan Barbara Claude Dennis Donald Edith Edsger Frances Grace Hedy Ida Jean Joan John Karen Katherine Ken "
-    "Leslie Lynn Margaret Mary Niklaus Radia Ruth Sophie Tim Tony Vera Wanda"
-).split()
+    *("Ada", "Alan", "Barbara", "Claude", "Dennis", "Donald", "Edith", "Edsger", "Frances", "Grace", "Hedy", "Ida"),
+    *("Jean", "Joan", "John", "Karen", "Katherine", "Ken", "Leslie", "Lynn", "Margaret", "Mary", "Niklaus", "Radia"),
+    *("Ruth", "Sophie", "Tim", "Tony", "Vera", "Wanda"),
+)
 _MOODS = ("calm", "cheerful", "tired", "worried", "proud", "restless", "grateful")
 _NOTES = (
     "Slept well",
-    "Went for a walk",
-    "Long day, early night",
-    "Called an old friend",
+    "Took a walk",
+    "Early night",
+    "Called a friend",
     "Coffee helped ☕",
     "Too much news",
-    "Read for an hour",
+    "Read a bit",
 )
-_REASONS = ("no check-in for a day", "asked for help", "low mood three times", "missed two calls", "no answer")
-_TITLES = (
-    "How to sleep better",
-    "A plan for the week",
-    "Müde, but fine",
-    "What a good day looks like",
-    "Breathing, step by step",
-    "After the exam",
-)
+_REASONS = ("no check-in", "asked for help", "low mood", "missed a call")
+_TITLES = ("Sleeping better", "A plan for today", "Müde, but fine", "A good day", "Breathing", "After the exam")
 _LEVELS = ("L1", "L2", "L3", "L4")
 
 # A deck of cards, dealt to the end and shuffled anew: all kinds of writes come within a few seconds, in any order.
@@ -163,7 +157,7 @@ class Application:
             before = self._known.pop(user, {})
             now = {slot: document for slot, document in after.items() if document["userId"] == user}
             effects |= {slot: document for slot, document in now.items() if before.get(slot) != document}
-            effects |= {slot: None for slot in before.keys() - now.keys()}
+            effects |= dict.fromkeys(before.keys() - now.keys())
             if now:
                 self._known[user] = now
         self.users |= set(users)
@@ -178,7 +172,14 @@ class Application:
         await self._run(
             'insert into "User" (id, email, name, "nextCheckInDue", "createdAt", "updatedAt")'
             " values (%s, %s, %s, %s, %s, %s)",
-            *(person.id, f"{person.name.lower()}.{person.id}@example.com", person.name, now + timedelta(days=1), now, now),
+            *(
+                person.id,
+                f"{person.name.lower()}.{person.id}@example.com",
+                person.name,
+                now + timedelta(days=1),
+                now,
+                now,
+            ),
         )
         return Done("User", person.id, f"{person.name} signed up", [person])
 
@@ -198,13 +199,14 @@ class Application:
 
     async def _edit_note(self) -> Done | None:
         row = await self._one(
-            'select c.id, u.id, u.name from "CheckIn" c join "User" u on u.id = c."userId" order by random() limit 1'
+            'select c.id, c.note, u.id, u.name from "CheckIn" c join "User" u on u.id = c."userId"'
+            " order by random() limit 1"
         )
         if row is None:
             return None
-        text = f"{self._dice.choice(_NOTES)}, {self._dice.randint(1, 99)} %"
-        await self._run('update "CheckIn" set note = %s where id = %s', text, row[0])
-        return Done("CheckIn", row[0], f"{row[2]} notes: {text}", [Person(*row[1:])])
+        note = self._dice.choice([each for each in _NOTES if each != row[1]])
+        await self._run('update "CheckIn" set note = %s where id = %s', note, row[0])
+        return Done("CheckIn", row[0], f"{row[3]} notes: {note}", [Person(*row[2:])])
 
     async def _delete_check_in(self) -> Done | None:
         row = await self._one(
@@ -244,7 +246,8 @@ class Application:
         level = level or self._dice.choice(_LEVELS)
         key, reason = self._cuid(), self._dice.choice(_REASONS)
         await self._run(
-            'insert into "Alert" (id, "userId", level, reason, "triggeredAt") values (%s, %s, %s::"AlertLevel", %s, %s)',
+            'insert into "Alert" (id, "userId", level, reason, "triggeredAt")'
+            ' values (%s, %s, %s::"AlertLevel", %s, %s)',
             *(key, person.id, level, reason, _now()),
         )
         return Done("Alert", key, f"{level} for {person.name}: {reason}", [person], level=level)
@@ -252,7 +255,7 @@ class Application:
     async def _alert_with_conversation(self) -> Done:
         alert = await self._raise_alert(level=self._dice.choice(_LEVELS[2:]))
         await self._start_conversation(alert.users[0])
-        alert.text += ", and a call"
+        alert.text += " + call"
         alert.rows += 1
         return alert
 
@@ -287,12 +290,11 @@ class Application:
         hours = self._dice.randint(1, 48)
         due = _now() + timedelta(hours=hours)
         await self._run('update "User" set "nextCheckInDue" = %s, "updatedAt" = %s', due, _now())
-        return Done("User", "", f"all {len(people)} are due in {hours} hours", people, len(people))
+        return Done("User", "", f"all {len(people)} are due in {hours} h", people, len(people))
 
     async def _change_its_mind(self) -> Done:
         """Everything as usual, and then the transaction is rolled back: nobody may ever see any of it."""
         done = await self._raise_alert() if self._dice.random() < 0.5 else await self._check_in()
-        done.text += " (rolled back)"
         done.rolled_back = True
         return done
 

@@ -68,7 +68,9 @@ async def compare(connection: Connection, reads: ConvexReads, users: Collection[
         *(f"{_name(slot)}: Convex has {count} documents of it" for slot, count in times.items() if count > 1),
         *(
             f"{_name(slot)}: Convex has a document under this key, Postgres has no such row"
-            for slot in sorted({(mirror, key) for mirror in keys for key in keys[mirror]} - wanted.keys() - found.keys())
+            for slot in sorted(
+                {(mirror, key) for mirror in keys for key in keys[mirror]} - wanted.keys() - found.keys()
+            )
         ),
         *(
             f"{_name(slot)}: Convex shows it, but not under its key"

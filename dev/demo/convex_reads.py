@@ -5,7 +5,7 @@ Convex' own clients for Python cannot be used in an event loop (facts: they bloc
 
 import json
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +49,7 @@ class ConvexReads:
             async with self._session.post(f"{self._url}/api/query", json=body, headers=headers) as response:
                 answer = await response.json()
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise ConvexReadError(f"{path}: {error or type(error).__name__}") from error
+            raise ConvexReadError(f"{path}: {str(error) or type(error).__name__}") from error
         if answer.get("status") != "success":
             raise ConvexReadError(f"{path}: {answer.get('errorMessage') or answer}")
         return json_to_convex(answer["value"])
@@ -74,7 +74,7 @@ class Subscriptions:
         self._version = 0
         self._last_query = 0
 
-    async def watch(self, queries: list[tuple[str, Mapping[str, Any]]]) -> list[int]:
+    async def watch(self, queries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[int]:
         """Starts to watch queries (path, arguments), and returns their numbers. Their values come as updates."""
         numbers = [self._last_query + place for place in range(1, len(queries) + 1)]
         self._last_query += len(queries)
@@ -124,6 +124,11 @@ async def subscriptions(session: aiohttp.ClientSession, url: str) -> AsyncIterat
     # No limit for a message: the page of a busy user is larger than a chat message, and comes from our own server.
     async with session.ws_connect(f"{url}/api/sync", max_msg_size=0) as socket:
         await socket.send_json(
-            {"type": "Connect", "sessionId": str(uuid.uuid4()), "connectionCount": 0, "lastCloseReason": "InitialConnect"}
+            {
+                "type": "Connect",
+                "sessionId": str(uuid.uuid4()),
+                "connectionCount": 0,
+                "lastCloseReason": "InitialConnect",
+            }
         )
         yield Subscriptions(socket)

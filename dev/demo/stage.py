@@ -26,6 +26,14 @@ DATABASE: Final = "demo"
 # `migrate` waits for locks of others; here there are none.
 MIGRATE_SECONDS: Final = 60.0
 
+# The worker's settings that a person who has it running elsewhere may have in the environment.
+_SETTINGS: Final = frozenset(
+    {
+        *("DATABASE_URL", "LISTEN_DATABASE_URL", "CONVEX_URL", "NEXT_PUBLIC_CONVEX_URL", "CONVEX_DEPLOY_KEY"),
+        *("LOG_LEVEL", "LOG_FORMAT"),
+    }
+)
+
 
 class StageError(Exception):
     """Something the demo needs did not start, or has ended; says what it printed."""
@@ -63,17 +71,17 @@ class Worker:
         self.log: Final = folder / "worker.log"
         self._folder = folder
         self._running: Process | None = None
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(("CDC_", "CONVEX_", "LOG_"))}
+        ours = {
+            name: value for name, value in os.environ.items() if name not in _SETTINGS and not name.startswith("CDC_")
+        }
         self._env = ours | {
             "DATABASE_URL": servers.database_url,
             "CONVEX_URL": servers.convex.url,
             "CONVEX_DEPLOY_KEY": servers.convex.admin_key,
             "CDC_CONFIG": str(CONFIG),
             "CDC_HEARTBEAT_SECONDS": "10",
-            "LOG_FORMAT": "console",
+            "LOG_FORMAT": "json",
         }
-        # They name another database, if the person who tries this has one already.
-        self._env.pop("LISTEN_DATABASE_URL", None)
 
     def migrate(self) -> None:
         """`release:` of the Procfile. Raises StageError."""
@@ -90,6 +98,10 @@ class Worker:
         if self._running is not None and self._running.returncode is not None:
             raise StageError(f"cdc_worker run ended with {self._running.returncode}:\n{self._running.tail(15)}")
 
+    def tail(self) -> str:
+        """The end of its log, for a failure."""
+        return "" if self._running is None else self._running.tail(15)
+
     def stop(self) -> None:
         if self._running is not None:
             self._running.stop()
@@ -102,6 +114,8 @@ class Worker:
             cwd=ROOT,
             # Its own promise is to be gone well inside 30 s.
             ladder=((signal.SIGTERM, 20.0),),
+            # Where we could not do it: after a SIGKILL of the demo.
+            remove=[self._folder] if command == "run" else [],
         )
 
 
@@ -109,8 +123,9 @@ class Worker:
 def worker(servers: Servers) -> Iterator[Worker]:
     """The worker, not started yet; stopped, and its log removed, at the end."""
     folder = Path(tempfile.mkdtemp(prefix="cdc-demo-"))
+    each = Worker(servers, folder)
     try:
-        with contextlib.closing(_Stopping(Worker(servers, folder))) as each:
-            yield each.worker
+        yield each
     finally:
+        each.stop()
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,265 @@
+"""Breaks the worker on purpose, one way at a time, and shows that the property test notices.
+
+    python -m dev.mutants                    all of them
+    python -m dev.mutants id_cursor          these
+    python -m dev.mutants --generated-only   without the schedules that are written down in the test
+
+A mutant is a change of source text in a copy of this project: words that stand in one file exactly once, and what stands there
+instead. When they no longer do, that is said, and fails: a mutant that changes nothing proves nothing.
+
+What each one does to the protocol is in the model of the design; taking out the lease must not be noticed.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parent.parent
+TEST: Final = "tests/integration/test_convergence.py"
+_COPIED: Final = ("cdc_worker", "convex", "dev", "migrations", "tests", "pyproject.toml")
+_NOT_COPIED: Final = shutil.ignore_patterns("node_modules", "__pycache__", ".*")
+_MINUTES: Final = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    file: str
+    old: str
+    new: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    name: str
+    what: str
+    changes: tuple[Change, ...]
+    noticed: bool = True
+
+
+class Misfit(Exception):
+    """The source has moved on, and the mutant with it."""
+
+
+_ID_CURSOR = '''
+async def look(database: Database, position: Position) -> Position | None:
+    ((now, newest),) = await database.execute(
+        "select pg_current_snapshot()::text, (select coalesce(max(id), 0) from cdc.outbox)"
+    )
+    return None if newest > position.after_id else Position(now, None, 0, position.after_id)
+
+
+async def read_page(connection: Connection, position: Position, limit: int) -> Page:
+    found = await fetch(
+        connection, "select mirror, key, id from cdc.outbox where id > $1 order by id limit $2", position.after_id, limit
+    )
+    now = (await fetch_one(connection, _NOW))[0]
+    last_id = found[-1][2] if found else position.after_id
+    return Page([LogRow(mirror, key) for mirror, key, _ in found], Position(now, None, 0, last_id), 0.0)
+
+
+async def mark('''
+
+MUTANTS: Final = (
+    Mutant(
+        "id_cursor",
+        "the cursor is `id > last_id`, and ids are given out one by one",
+        (
+            # `mark` is what follows the two functions that are replaced: the later definition counts.
+            Change("cdc_worker/outbox.py", "async def mark(", _ID_CURSOR),
+            Change("migrations/0001_capture.sql", "generated always as identity (cache 32)", "generated always as identity"),
+        ),
+    ),
+    Mutant(
+        "no_version",
+        "Convex takes every content, however old its number",
+        (
+            Change(
+                "convex/cdc.ts",
+                'if (!versions.every((older) => isAbove(version, older))) return "stale";',
+                "",
+            ),
+        ),
+    ),
+    Mutant(
+        "no_epoch",
+        "no fence, and the version is the number alone",
+        (
+            Change("convex/cdc.ts", "if (opened?.epoch !== epoch)", "if (opened === null)"),
+            Change("convex/cdc.ts", "const version = { epoch, number };", "const version = { epoch: 1, number };"),
+        ),
+    ),
+    Mutant(
+        "no_fence",
+        "Convex lets batches of an older epoch in; the version still counts the epoch",
+        (Change("convex/cdc.ts", "if (opened?.epoch !== epoch)", "if (opened === null)"),),
+    ),
+    Mutant(
+        "no_tombstone",
+        "a delete leaves nothing behind",
+        (Change("convex/cdc.ts", "await bury(ctx, tombstone, key, version);", ""),),
+    ),
+    Mutant(
+        "checkpoint_early",
+        "a page counts as acknowledged once it is read",
+        (
+            Change("cdc_worker/lanes.py", "while self._pages and self._pages[0].left == 0:", "while self._pages:"),
+            Change("cdc_worker/worker.py", "if self._lanes.idle:", "if True:"),
+        ),
+    ),
+    Mutant(
+        "fence_ignored",
+        "a batch that was refused for its epoch counts as delivered",
+        (Change("cdc_worker/sender.py", 'raise Fenced("Convex gave this shard another epoch")', "return"),),
+    ),
+    Mutant(
+        "rejection_ignored",
+        "a key that was rejected counts as delivered",
+        (Change("cdc_worker/sender.py", "await self._parking.park(refused)", ""),),
+    ),
+    Mutant(
+        "no_lane",
+        "a key may be in flight twice",
+        (
+            Change(
+                "cdc_worker/lanes.py",
+                "lane = self._behind if key in self._in_flight else self._waiting",
+                "lane = self._waiting",
+            ),
+            Change("cdc_worker/lanes.py", "self._in_flight.remove(key)", "self._in_flight.discard(key)"),
+            Change("cdc_worker/lanes.py", "for page in self._owed.pop(key):", "for page in self._owed.pop(key, ()):"),
+        ),
+    ),
+    Mutant(
+        "new_number_on_unknown",
+        "a request whose outcome is unknown is given up, and its keys are read anew",
+        (
+            Change(
+                "cdc_worker/sender.py",
+                "answer = await self._outage.insist(lambda: self._apply_or_probe(events))",
+                """try:
+                answer = await self._apply_or_probe(events)
+            except Exception as error:
+                if type(error).__name__ != "Transient":
+                    raise
+                await asyncio.sleep(0.02)
+                for event in events:
+                    await self._parking._database.execute(
+                        "insert into cdc.outbox (slot, mirror, key) values (0, $1, $2)", event.mirror_id, event.key
+                    )
+                return""",
+            ),
+        ),
+    ),
+    Mutant(
+        "no_lease",
+        "everybody gets the lease, and whoever had it may still write the checkpoint",
+        (
+            Change(
+                "cdc_worker/checkpoint.py",
+                "holder is null or expires_at < clock_timestamp()",
+                "true or expires_at < clock_timestamp()",
+            ),
+            Change(
+                "cdc_worker/checkpoint.py",
+                'raise Fenced(f"shard {self._shard} has another reader now")',
+                "return",
+            ),
+            Change(
+                "cdc_worker/checkpoint.py",
+                """where shard = $1 and token = $2 returning 1
+\"\"\"
+_RENEW""",
+                """where shard = $1 and $2::int8 > 0 returning 1
+\"\"\"
+_RENEW""",
+            ),
+        ),
+        noticed=False,
+    ),
+)
+
+
+def make(mutant: Mutant, folder: Path) -> None:
+    """A copy of the project in `folder`, changed. Raises Misfit if the source is not as the mutant knows it."""
+    for name in _COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=_NOT_COPIED)
+        else:
+            shutil.copy(source, folder / name)
+    for link in ("node_modules", "dev/node_modules"):
+        (folder / link).symlink_to(ROOT / "dev/node_modules")
+    for change in mutant.changes:
+        path = folder / change.file
+        text = path.read_text(encoding="utf-8")
+        times = text.count(change.old)
+        if times != 1:
+            raise Misfit(f"{mutant.name}: {change.file} has {times} times, not once:\n{change.old}")
+        path.write_text(text.replace(change.old, change.new), encoding="utf-8")
+
+
+def noticed(mutant: Mutant, *, generated_only: bool = False, verbose: bool = False) -> str | None:
+    """Runs the property test on the mutant: what it found, in a line, or None if it passed. Raises Misfit."""
+    with tempfile.TemporaryDirectory(prefix=f"cdc-{mutant.name}-") as name:
+        folder = Path(name)
+        make(mutant, folder)
+        environment = {**os.environ, "PYTHONPATH": name, "PYTHONDONTWRITEBYTECODE": "1", "CI": ""}
+        if generated_only:
+            environment["CDC_GENERATED_ONLY"] = "1"
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", TEST, "--postgres", "wheel", "-x", "-q", "-p", "no:cacheprovider"],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_MINUTES * 60,
+            check=False,
+        )
+    said = done.stdout.decode(errors="replace")
+    if verbose:
+        print(said)
+    if done.returncode == 0:
+        return None
+    found = re.search(r"AssertionError: (schedule \d+: .*(?:\n(?!E +\n).*){0,3})", said)
+    if done.returncode != 1 or found is None:
+        raise RuntimeError(f"{mutant.name}: the test did not fail in its own words\n{said[-3000:]}")
+    return re.sub(r"\s*\nE\s+", " ", found[1])[:300]
+
+
+def main() -> int:
+    """Exit 0 if every mutant was noticed that must be, and no other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="MUTANT", help=", ".join(mutant.name for mutant in MUTANTS))
+    parser.add_argument("--generated-only", action="store_true", help="only what Hypothesis makes")
+    parser.add_argument("--verbose", action="store_true", help="print what pytest says")
+    asked = parser.parse_args()
+    unknown = set(asked.names) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        parser.error(f"there is no mutant {', '.join(sorted(unknown))}")
+    wrong = 0
+    for mutant in MUTANTS:
+        if asked.names and mutant.name not in asked.names:
+            continue
+        started = time.monotonic()
+        found = noticed(mutant, generated_only=asked.generated_only, verbose=asked.verbose)
+        as_it_should = (found is not None) == mutant.noticed
+        wrong += not as_it_should
+        print(
+            f"{'ok   ' if as_it_should else 'WRONG'} {mutant.name:22} {time.monotonic() - started:5.1f} s  {mutant.what}\n"
+            f"      {'noticed: ' + found if found else 'not noticed'}",
+            flush=True,
+        )
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

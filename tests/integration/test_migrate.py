@@ -1,0 +1,522 @@
+"""`migrate`: twice, at once, against the application's traffic, and refusing what is wrong before anything is changed."""
+
+import asyncio
+import contextlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from cdc_worker import migrate as migrating
+from cdc_worker.errors import ConfigError, SchemaError
+from cdc_worker.mirrors import Mirror, Source, load_mirrors
+from dev import postgres
+from tests.integration.application import CHECK_INS, MIRRORS, STATUS, TABLES, Database, migrate_now, rows_of, toml
+
+T = "create table t (id text primary key, note text)"
+
+
+@pytest.fixture
+def db(database: str) -> Iterator[Database]:
+    with Database(database) as opened:
+        yield opened
+
+
+def triggers(db: Database) -> set[tuple[str, str]]:
+    """(table, trigger) of all triggers that are not Postgres' own."""
+    found = db.execute("select tgrelid::regclass::text, tgname from pg_trigger where not tgisinternal")
+    return {(table, name) for table, name in found}
+
+
+def captured_tables(db: Database) -> set[str]:
+    tables = {table for table, _ in triggers(db)}
+    events = {"cdc_insert", "cdc_update", "cdc_delete", "cdc_truncate"}
+    assert triggers(db) == {(table, event) for table in tables for event in events}
+    return tables
+
+
+def everything(db: Database) -> list[tuple[Any, ...]]:
+    """All that migrate may touch, but for times."""
+    return db.execute(
+        """
+        select 'function', proname, md5(prosrc), p.oid::int8 from pg_proc p where pronamespace = 'cdc'::regnamespace
+        union all select 'trigger', tgname, tgrelid::regclass::text, oid::int8 from pg_trigger where not tgisinternal
+        union all select 'relation', relname, relkind::text, oid::int8 from pg_class where relnamespace = 'cdc'::regnamespace
+        union all select 'mirror', name, definition, id from cdc.mirror
+        union all select 'backfill', phase, reason, mirror from cdc.backfill
+        order by 1, 2, 3, 4
+        """
+    )
+
+
+def nothing_was_made(db: Database) -> bool:
+    return db.one("select to_regnamespace('cdc') is null") is True and triggers(db) == set()
+
+
+def test_a_second_time_changes_nothing(db: Database) -> None:
+    db.execute(TABLES)
+    db.migrate(MIRRORS)
+    first = everything(db)
+    assert captured_tables(db) == {'"CheckIn"', '"User"', '"Alert"'}
+    db.migrate(MIRRORS)
+    assert everything(db) == first
+
+
+def test_several_at_the_same_time(db: Database) -> None:
+    db.execute(TABLES)
+
+    async def at_once() -> None:
+        await asyncio.gather(*(migrating.migrate(db.dsn, MIRRORS) for _ in range(6)))
+
+    asyncio.run(asyncio.wait_for(at_once(), 30))
+    assert captured_tables(db) == {'"CheckIn"', '"User"', '"Alert"'}
+    assert db.execute("select name, configured from cdc.mirror order by id") == [("check-ins", True), ("status", True)]
+
+
+def test_several_at_the_same_time_that_take_triggers_away(db: Database) -> None:
+    db.execute(TABLES)
+    db.migrate([*MIRRORS, rows_of('"Alert"', name="alerts")])
+
+    async def at_once() -> None:
+        await asyncio.gather(*(migrating.migrate(db.dsn, [CHECK_INS]) for _ in range(6)))
+
+    asyncio.run(asyncio.wait_for(at_once(), 30))
+    assert captured_tables(db) == {'"CheckIn"'}
+
+
+def test_a_migration_that_was_changed_is_refused(db: Database) -> None:
+    db.migrate([])
+    db.execute("update cdc.migration set checksum = 'another' where number = 1")
+    with pytest.raises(SchemaError, match="0001_capture was changed after it was applied"):
+        db.migrate([])
+
+
+def test_a_newer_database_is_refused(db: Database) -> None:
+    db.migrate([])
+    db.execute("insert into cdc.migration (number, name, checksum) values (99, '0099_future', '')")
+    with pytest.raises(SchemaError, match=r"has migration 99, this worker knows \d+: deploy the newer worker"):
+        db.migrate([])
+
+
+def test_a_migration_that_fails_leaves_nothing(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = migrating.load_migrations()
+    bad = migrating.Migration(good[-1].number + 1, "broken", "create table cdc.half (id int); select 1 / 0;")
+    monkeypatch.setattr(migrating, "load_migrations", lambda: [*good, bad])
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        db.migrate([])
+    assert nothing_was_made(db)
+
+
+def test_triggers_follow_the_config(db: Database) -> None:
+    db.execute(f"{T}; create schema shop; create table shop.t (id int, part text, note text, primary key (id, part))")
+    orders = rows_of("shop.t", name="orders", key=("id", "part"))
+    db.migrate([rows_of("t")])
+    assert captured_tables(db) == {"t"}
+    db.migrate([rows_of("t"), orders])
+    assert captured_tables(db) == {"t", "shop.t"}
+    db.execute("insert into t values ('a'); insert into shop.t values (1, 'b')")
+    assert db.captured_by_mirror() == [("orders", '["1", "b"]'), ("rows", "a")]
+    db.migrate([orders])
+    assert captured_tables(db) == {"shop.t"}
+    assert db.execute("select name from cdc.mirror where configured") == [("orders",)]
+    db.execute("insert into t values ('c'); insert into shop.t values (2, 'd')")
+    assert db.captured_by_mirror() == [("orders", '["2", "d"]')]
+    db.migrate([])
+    assert captured_tables(db) == set()
+    assert db.one("select count(*) from pg_proc where pronamespace = 'cdc'::regnamespace and proname ~ '^capture_'") == 0
+
+
+def test_watched_columns_follow_the_config(db: Database) -> None:
+    db.execute("create table t (id text primary key, note text, other text)")
+    db.migrate([rows_of("t")])
+    db.migrate([rows_of("t", watch=("note",))])
+    db.execute("insert into t values ('a')")
+    db.captured()
+    db.execute("update t set other = 'x'")
+    assert db.captured() == []
+
+
+def test_partitions_and_heirs_have_triggers_of_their_own(db: Database) -> None:
+    db.execute(
+        """
+        create table t (id int, part int) partition by list (part);
+        create table t1 partition of t for values in (1) partition by list (id);
+        create table t11 partition of t1 default;
+        create table parent (id int); create table heir () inherits (parent)
+        """
+    )
+    mirrors = [rows_of("t"), rows_of("parent", name="others")]
+    db.migrate(mirrors)
+    assert captured_tables(db) == {"t", "t1", "t11", "parent", "heir"}
+    db.execute("create table t2 partition of t for values in (2)")
+    db.migrate(mirrors)
+    assert captured_tables(db) == {"t", "t1", "t11", "t2", "parent", "heir"}
+
+
+def test_a_renamed_table_keeps_being_captured_under_its_new_name(db: Database) -> None:
+    db.execute(T)
+    db.migrate([rows_of("t")])
+    # As a table is swapped for a new copy of it.
+    db.execute(f"alter table t rename to t_old; {T}")
+    db.migrate([rows_of("t")])
+    assert captured_tables(db) == {"t"}
+    db.execute("insert into t values ('a'); insert into t_old values ('b')")
+    assert db.captured() == ["a"]
+
+
+def test_the_application_s_tables_are_otherwise_as_they_were(db: Database) -> None:
+    db.execute(TABLES)
+
+    def look() -> list[tuple[Any, ...]]:
+        return db.execute(
+            """
+            select c.relname, c.relkind, c.reltuples, c.relacl::text, c.reloptions::text, c.relreplident, c.relowner,
+                   c.relfilenode, a.attname, a.atttypid, a.attnum, a.attnotnull, a.atthasdef
+            from pg_class c join pg_attribute a on a.attrelid = c.oid
+            where c.relnamespace = 'public'::regnamespace order by 1, a.attnum
+            """
+        )
+
+    before = look()
+    db.migrate(MIRRORS)
+    assert look() == before
+    db.migrate([])
+    assert triggers(db) == set()
+
+
+def test_the_application_s_own_triggers_stay(db: Database) -> None:
+    db.execute(
+        f"{T}; create function own() returns trigger language plpgsql as 'begin return null; end';"
+        " create trigger cdc_mine after insert on t for each row execute function own()"
+    )
+    db.migrate([rows_of("t")])
+    db.migrate([])
+    assert triggers(db) == {("t", "cdc_mine")}
+
+
+def test_an_own_trigger_of_the_same_name_is_refused_in_words(db: Database) -> None:
+    db.execute(
+        f"{T}; create function own() returns trigger language plpgsql as 'begin return null; end';"
+        " create trigger cdc_insert after insert on t for each row execute function own()"
+    )
+    with pytest.raises((ConfigError, SchemaError), match="cdc_insert"):
+        db.migrate([rows_of("t")])
+
+
+def test_a_new_or_changed_mirror_asks_for_a_rescan_and_others_do_not(db: Database) -> None:
+    db.execute(TABLES)
+    db.migrate(MIRRORS)
+    assert db.execute("select reason, with_documents from cdc.backfill") == [("new mirror", True)] * 2
+    db.execute("update cdc.backfill set phase = 'done'")
+    changed = STATUS.model_copy(update={"query": STATUS.query.replace("order by level desc", "order by level")})
+    db.migrate([CHECK_INS, changed])
+    assert db.execute("select phase, reason from cdc.backfill order by mirror") == [
+        ("done", "new mirror"),
+        ("rows", "definition changed"),
+    ]
+
+
+def test_a_mirror_that_comes_back_is_scanned_anew(db: Database) -> None:
+    # What changed while it was away was captured by nobody.
+    db.execute(T)
+    db.migrate([rows_of("t")])
+    db.execute("update cdc.backfill set phase = 'done'")
+    db.migrate([])
+    db.execute("insert into t values ('meanwhile')")
+    db.migrate([rows_of("t")])
+    assert db.execute("select phase from cdc.backfill") == [("rows",)]
+
+
+def test_another_source_asks_for_a_rescan(db: Database) -> None:
+    # Changes of the new source before this moment were captured by nobody.
+    db.execute(TABLES)
+    db.migrate([STATUS.model_copy(update={"sources": STATUS.sources[:1]})])
+    db.execute("update cdc.backfill set phase = 'done'")
+    db.execute("""insert into "Alert" values ('a', 'u', 'L1', now())""")
+    db.migrate([STATUS])
+    assert db.execute("select phase from cdc.backfill") == [("rows",)]
+
+
+def test_a_table_that_was_made_anew_asks_for_a_rescan(db: Database) -> None:
+    # Between the new table and its triggers, writes were captured by nobody.
+    db.execute(T)
+    db.migrate([rows_of("t")])
+    db.execute("update cdc.backfill set phase = 'done'")
+    db.execute(f"drop table t; {T}; insert into t values ('unseen')")
+    db.migrate([rows_of("t")])
+    assert db.execute("select phase from cdc.backfill") == [("rows",)]
+
+
+# A wrong config, and the words that say so.
+
+
+def activity(query: str, table: str = "t", key: Sequence[str] = ("id",), watch: Sequence[str] = ()) -> Mirror:
+    return Mirror(
+        name="rows",
+        target="activity",
+        key=("id",),
+        query=query,
+        sources=(Source(table=table, key=tuple(key), watch=tuple(watch)),),
+    )
+
+
+GOOD = "select id, 'u' as user_id, 'alert' as type, '' as description, at as timestamp from t"
+WRONG = {
+    "missing table": (activity(GOOD, table="nowhere"), "there is no table nowhere"),
+    "name without quotes": (activity(GOOD, table="Mixed"), "capital letters need the double quotes"),
+    "no table's name at all": (activity(GOOD, table="two words"), "there is no table two words"),
+    "quote left open": (activity(GOOD, table='"t'), 'there is no table "t'),
+    "table of another database": (activity(GOOD, table="elsewhere.public.t"), "there is no table elsewhere.public.t"),
+    "too many dots": (activity(GOOD, table="a.b.c.d"), "there is no table a.b.c.d"),
+    "view": (activity(GOOD, table="a_view"), "a_view is a view: name the tables it is made from"),
+    "materialized view": (activity(GOOD, table="a_copy"), "a_copy is a materialized view"),
+    "sequence": (activity(GOOD, table="a_sequence"), "a_sequence is a sequence"),
+    "missing key column": (activity(GOOD, key=("nothing",)), r"table t has no column nothing \(it has id, at, n, "),
+    "missing watched column": (activity(GOOD, watch=("nothing",)), "table t has no column nothing"),
+    "source's key of another type": (activity(GOOD, key=("n",)), r"column n of t has another type than the key .*text"),
+    "no such column": (activity(GOOD.replace("at as", "wrong as")), 'its query fails: column "wrong" does not exist'),
+    "no such function": (activity(GOOD.replace("''", "f()")), "its query fails: function f"),
+    "broken SQL": (activity("selec 1"), "its query fails: syntax error"),
+    "two statements": (activity(GOOD + "; select 1"), "its query fails: syntax error"),
+    "a statement that writes": (activity("delete from t returning *"), "its query fails"),
+    "a parameter": (activity(GOOD + " where id = $1"), "its query fails: there is no parameter"),
+    "column missing": (activity("select id, at as timestamp from t"), "has no column user_id, type, description"),
+    "key missing": (activity(GOOD.replace("select id,", "select")), "has no column id"),
+    "unknown column": (activity(GOOD.replace("from", ", 1 as extra from")), "column extra has no place in a document"),
+    "duplicate column": (activity(GOOD.replace("from", ", id from")), "has two columns called id"),
+    "key of a wrong type": (
+        activity(GOOD.replace("select id", "select 1.5 as id")),
+        "key column id must be text, uuid, int or bigint",
+    ),
+    "time that is none": (activity(GOOD.replace("at as", "n as")), "timestamp must be a timestamp or a date"),
+    "metadata that is no json": (activity(GOOD.replace("from", ", n as metadata from")), "metadata must be json"),
+    "metadata in a status": (
+        Mirror(
+            name="rows",
+            target="status",
+            key=("user_id",),
+            query="select id as user_id, '{}'::jsonb as metadata from t",
+            sources=(Source(table="t", key=("id",)),),
+        ),
+        "column metadata has no place",
+    ),
+    "the worker's own table": (activity(GOOD, table="pg_catalog.pg_class", key=("relname",)), "rows"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_config_is_refused_before_anything_is_changed(db: Database, what: str) -> None:
+    db.execute(
+        """
+        create table t (id text, at timestamptz, n int, body json);
+        create view a_view as select * from t; create materialized view a_copy as select * from t;
+        create sequence a_sequence; create table "Mixed" (id text); create table good (id text)
+        """
+    )
+    mirror, words = WRONG[what]
+    good = rows_of("good", name="good")
+    with pytest.raises(ConfigError, match=words) as caught:
+        db.migrate([mirror, good])
+    assert 'mirror "rows"' in str(caught.value)
+    assert 'mirror "good"' not in str(caught.value)
+    assert nothing_was_made(db)
+
+
+def test_all_that_is_wrong_is_said_at_once(db: Database) -> None:
+    with pytest.raises(ConfigError) as caught:
+        db.migrate([rows_of("nowhere", name="one"), rows_of("t", name="two")])
+    one, two = str(caught.value).splitlines()
+    assert one.startswith('mirror "one": its query fails')
+    assert two.startswith('mirror "two": its query fails')
+
+
+def test_two_status_mirrors_are_refused(db: Database, tmp_path: Path) -> None:
+    config = tmp_path / "cdc_worker.toml"
+    config.write_text(toml([STATUS, STATUS.model_copy(update={"name": "status-2"})]))
+    with pytest.raises(ConfigError, match='one mirror with target "status"'):
+        load_mirrors(config)
+    assert nothing_was_made(db)
+
+
+def test_a_query_that_writes_is_not_run(db: Database) -> None:
+    db.execute(
+        f"{T}; create table ran (id int); create function f() returns text language sql as 'insert into ran values (1);"
+        " select 1::text'"
+    )
+    db.migrate([activity(GOOD.replace("''", "f()").replace("at as", "now() as"))])
+    assert db.one("select count(*) from ran") == 0
+
+
+# Roles and servers that do not let us.
+
+
+def test_a_role_that_may_not_create_is_told_so(postgres_server: postgres.Server, db: Database) -> None:
+    name = db.dsn.rsplit("/", 1)[1]
+    with postgres_server.admin(name) as superuser:
+        superuser.execute("create table t (id text)")
+        superuser.execute(f"alter database {name} owner to postgres")  # type: ignore[arg-type]  # a name of our own
+        superuser.execute(f"revoke create on database {name} from application")  # type: ignore[arg-type]
+        superuser.execute("grant select on t to application")
+    with pytest.raises(SchemaError, match=r"permission denied for database .*must be allowed to create a schema"):
+        db.migrate([rows_of("t")])
+    assert nothing_was_made(db)
+
+
+def test_a_table_of_somebody_else_is_told_so(postgres_server: postgres.Server, db: Database) -> None:
+    with postgres_server.admin(db.dsn.rsplit("/", 1)[1]) as superuser:
+        superuser.execute("create table t (id text)")
+        superuser.execute("grant select on t to application")
+    with pytest.raises(SchemaError, match="must own the tables that are mirrored"):
+        db.migrate([rows_of("t")])
+
+
+def test_a_table_that_may_not_be_read_is_told_so(postgres_server: postgres.Server, db: Database) -> None:
+    with postgres_server.admin(db.dsn.rsplit("/", 1)[1]) as superuser:
+        superuser.execute("create table t (id text)")
+    with pytest.raises(ConfigError, match='mirror "rows": its query fails: permission denied for table t'):
+        db.migrate([rows_of("t")])
+    assert nothing_was_made(db)
+
+
+def test_a_role_that_is_set_to_read_only_is_refused(postgres_server: postgres.Server) -> None:
+    with postgres.database(postgres_server) as dsn, Database(dsn, T) as db:
+        name = dsn.rsplit("/", 1)[1]
+        db.execute(f"alter database {name} set default_transaction_read_only = on")
+        with pytest.raises(SchemaError, match="read-only"):
+            migrate_now(dsn, [rows_of("t")])
+        assert nothing_was_made(db)
+
+
+@pytest.mark.one_postgres
+def test_a_standby_is_refused(postgres_flavour: postgres.Flavour) -> None:
+    with postgres.start(postgres_flavour) as server:
+        dsn = server.dsn(postgres.create_database(server))
+        with Database(dsn, T):
+            pass
+        server.stop()
+        standby = server.folder / "data/standby.signal"
+        standby.touch()
+        shutil.chown(standby, *_owner(server.folder / "data"))
+        server.start()
+        with pytest.raises(SchemaError, match="read-only standby: point DATABASE_URL at the primary"):
+            migrate_now(dsn, [rows_of("t")])
+
+
+def _owner(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_uid, found.st_gid
+
+
+# The application's traffic goes on.
+
+
+@contextlib.contextmanager
+def migrating_aside(dsn: str, mirrors: Sequence[Mirror]) -> Iterator[Callable[[], bool]]:
+    """Migrate in a thread; the value says whether it is still at it. Leaving the block waits for its end, and raises its error."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            migrate_now(dsn, mirrors)
+        except BaseException as error:  # noqa: BLE001  # raised again below
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield thread.is_alive
+    finally:
+        thread.join(30)
+        assert not thread.is_alive()
+    if failed:
+        raise failed[0]
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.005)
+
+
+def test_a_long_writer_is_waited_for_and_nobody_waits_behind_us(db: Database) -> None:
+    db.execute(T)
+    asks = "select count(*) from pg_locks where not granted and relation = 't'::regclass"
+    with psycopg.connect(db.dsn) as long, psycopg.connect(db.dsn, autocommit=True) as other:
+        long.execute("insert into t values ('long')")
+        with migrating_aside(db.dsn, [rows_of("t")]) as busy:
+            longest = 0.0
+            for round_ in range(4):
+                # The worst moment for a writer: migrate has just queued for its lock.
+                wait_until(lambda: db.one(asks) == 1)
+                started = time.monotonic()
+                other.execute("insert into t values (%s)", (str(round_),))
+                longest = max(longest, time.monotonic() - started)
+                wait_until(lambda: db.one(asks) == 0)
+            assert busy()
+            long.commit()
+        assert longest < 0.3 + 0.2  # lock_timeout, and what a loaded machine adds
+    assert captured_tables(db) == {"t"}
+
+
+def test_a_busy_table_is_given_up_in_words(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrating, "_TABLE_TRIES", 2)
+    db.execute(f"{T}; create table free (id text)")
+    with psycopg.connect(db.dsn) as long:
+        long.execute("insert into t values ('long')")
+        with pytest.raises(SchemaError, match="table public.t was busy for too long"):
+            db.migrate([rows_of("free", name="free"), rows_of("t")])
+    db.migrate([rows_of("free", name="free"), rows_of("t")])
+    assert captured_tables(db) == {"t", "free"}
+
+
+def test_another_migrator_that_takes_its_time_is_waited_for(db: Database) -> None:
+    db.execute(T)
+    lock = "select pg_advisory_xact_lock(hashtextextended('cdc_worker.migrate', 0))"
+    with psycopg.connect(db.dsn) as slow, psycopg.connect(db.dsn) as long:
+        long.execute("insert into t values ('long')")
+        with migrating_aside(db.dsn, [rows_of("t")]):
+            # Past its migrations, in the middle of the triggers.
+            wait_until(lambda: db.one("select to_regclass('cdc.mirror') is not null"))
+            wait_until(lambda: db.one("select count(*) from pg_proc where proname ~ '^capture_'") == 1)
+            slow.execute(lock)
+            long.commit()
+            time.sleep(1.5)  # longer than any lock_timeout that is meant for tables
+            slow.commit()
+    assert captured_tables(db) == {"t"}
+
+
+def test_writers_go_on_while_triggers_come_and_go(db: Database) -> None:
+    db.execute(T)
+    stop = threading.Event()
+    written: list[int] = []
+    failed: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            with psycopg.connect(db.dsn, autocommit=True) as connection:
+                for n in range(1_000_000):
+                    connection.execute("insert into t values (%s)", (str(n),))
+                    connection.execute("update t set note = 'x' where id = %s", (str(n),))
+                    written.append(n)
+                    if stop.is_set():
+                        return
+        except psycopg.Error as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for mirrors in ([rows_of("t")], [rows_of("t", watch=("note",))], [], [rows_of("t")]):
+            db.migrate(mirrors)
+            so_far = len(written)
+            wait_until(lambda so_far=so_far: len(written) > so_far + 5 or failed)
+    finally:
+        stop.set()
+        thread.join(10)
+    assert failed == []
