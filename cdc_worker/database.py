@@ -4,8 +4,11 @@ Works through PgBouncer in transaction mode: no named prepared statements, no st
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, LiteralString, Self
 
 import psycopg
@@ -70,21 +73,36 @@ class Database:
 
     async def execute(self, statement: LiteralString, *params: Any) -> list[Row]:
         """One statement in a transaction of its own; its rows, if it has any."""
-        async with asyncio.timeout(self._statement_seconds + _GRACE_SECONDS), self._pool.connection() as connection:
-            return await fetch(connection, statement, *params)
+        async with self._pool.connection() as connection:
+            with cut_after(connection, self._statement_seconds + _GRACE_SECONDS):
+                return await fetch(connection, statement, *params)
 
     @asynccontextmanager
     async def transaction(self, mode: LiteralString = "read write") -> AsyncIterator[Connection]:
         """A transaction in `mode`, for instance `isolation level repeatable read read only`."""
-        async with asyncio.timeout(None) as deadline, self._pool.connection() as connection:
-            deadline.reschedule(asyncio.get_running_loop().time() + self._statement_seconds * 2 + _GRACE_SECONDS)
-            await begin(connection, mode, statement_seconds=self._statement_seconds)
-            try:
+        async with self._pool.connection() as connection:
+            with cut_after(connection, self._statement_seconds * 2 + _GRACE_SECONDS):
+                await begin(connection, mode, statement_seconds=self._statement_seconds)
                 yield connection
-            except BaseException:
-                await connection.rollback()
-                raise
-            await connection.commit()
+                await connection.commit()  # otherwise the pool rolls back
+
+
+@contextmanager
+def cut_after(connection: Connection, seconds: float) -> Iterator[None]:
+    """A deadline that also ends waits on a link that went deaf: the socket is shut down under the driver.
+
+    Cancelling would not do: the driver then asks the server to cancel, and waits for it to say so.
+    """
+
+    def cut() -> None:
+        with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as link:
+            link.shutdown(socket.SHUT_RDWR)
+
+    timer = asyncio.get_running_loop().call_later(seconds, cut)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 async def begin(connection: Connection, mode: LiteralString, *, statement_seconds: float) -> None:
@@ -104,6 +122,11 @@ async def fetch(connection: Connection, statement: LiteralString, *params: Any) 
 async def fetch_one(connection: Connection, statement: LiteralString, *params: Any) -> Row:
     (row,) = await fetch(connection, statement, *params)
     return row
+
+
+def is_gone(error: psycopg.Error) -> bool:
+    """It is the database, rather than the statement. (One that was cut off at its deadline is the statement's own.)"""
+    return isinstance(error, GONE) and not isinstance(error, psycopg.errors.QueryCanceled)
 
 
 def first_lines(error: psycopg.Error) -> str:

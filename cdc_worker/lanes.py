@@ -17,11 +17,12 @@ Key = tuple[int, str]
 
 
 class _OpenPage:
-    __slots__ = ("end", "left")
+    __slots__ = ("end", "left", "since")
 
-    def __init__(self, end: Position, left: int) -> None:
+    def __init__(self, end: Position, since: float) -> None:
         self.end = end
-        self.left = left
+        self.since = since
+        self.left = 0
 
 
 class Lanes:
@@ -55,9 +56,14 @@ class Lanes:
     def idle(self) -> bool:
         return not self._pages
 
-    def add(self, end: Position, events: Iterable[Event]) -> None:
-        """A page's readings, at most one for each key, newer than all before."""
-        page = _OpenPage(end, 0)
+    @property
+    def oldest_since(self) -> float | None:
+        """When the oldest change that is not acknowledged was made, by the clock of those who add."""
+        return self._pages[0].since if self._pages else None
+
+    def add(self, end: Position, events: Iterable[Event], *, since: float) -> None:
+        """A page's readings, at most one for each key, newer than all before; its oldest change was made at `since`."""
+        page = _OpenPage(end, since)
         for event in events:
             key = (event.mirror_id, event.key)
             lane = self._behind if key in self._in_flight else self._waiting

@@ -12,7 +12,7 @@ import psycopg
 import structlog
 
 from cdc_worker.catalog import Plan
-from cdc_worker.database import GONE, Connection, Database, fetch, first_lines
+from cdc_worker.database import Connection, Database, fetch, first_lines, is_gone
 from cdc_worker.documents import Event, Problem, UnfitRow, document, event
 from cdc_worker.errors import SchemaError
 from cdc_worker.keys import join_key, split_key
@@ -78,7 +78,7 @@ class LateReader:
         try:
             return await self._read(position, number, careful=False)
         except psycopg.Error as error:
-            if _is_gone(error):
+            if is_gone(error):
                 raise
             return await self._read(position, number, careful=True)
 
@@ -122,7 +122,7 @@ class LateReader:
             async with connection.transaction():
                 return await _query(connection, state.plan, keys, _LARGE_ROW_BYTES)
         except psycopg.Error as error:
-            if _is_gone(error):
+            if is_gone(error):
                 raise
             if (error.sqlstate or "").startswith("42"):
                 # The query as a whole: an unknown column or table, a right taken away.
@@ -147,11 +147,6 @@ class LateReader:
         large = [key for key in keys if (row := rows[key]) is not None and row.size > _LARGE_ROW_BYTES]
         if large and state.plan is not None:
             rows.update(await _query(connection, state.plan, large, _NO_LIMIT))
-
-
-def _is_gone(error: psycopg.Error) -> bool:
-    """The database, rather than the statement. A statement that was cut off at its deadline may do with fewer keys."""
-    return isinstance(error, GONE) and not isinstance(error, psycopg.errors.QueryCanceled)
 
 
 def _distinct_keys(rows: Sequence[LogRow]) -> dict[int, list[str]]:

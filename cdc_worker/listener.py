@@ -8,14 +8,13 @@ keeps the worker from the gate as long as its transaction is open: then the work
 """
 
 import asyncio
-import contextlib
 from typing import Any, Self
 
 import psycopg
 import structlog
 
 from cdc_worker.capture import CHANNEL, GATE
-from cdc_worker.database import Connection, connect, fetch_one
+from cdc_worker.database import Connection, connect, cut_after, fetch_one
 
 log = structlog.get_logger()
 
@@ -45,21 +44,19 @@ class Bell:
         """
         connection = await connect(dsn)
         try:
-            async with asyncio.timeout(_DEADLINE_SECONDS + _ECHO_SECONDS):
+            with cut_after(connection, _DEADLINE_SECONDS + _ECHO_SECONDS):
                 await connection.execute(_LISTEN)
                 await connection.execute(_ECHO)
                 bell = cls(connection, (await fetch_one(connection, _SELF))[0])
                 if await bell._ring(_ECHO_SECONDS):
                     return bell
-        except (psycopg.Error, TimeoutError) as error:
+        except psycopg.Error as error:
             log.debug("listen.refused", cause=type(error).__name__)
         await connection.close()
         return None
 
     async def close(self) -> None:
-        with contextlib.suppress(psycopg.Error, TimeoutError):
-            async with asyncio.timeout(_DEADLINE_SECONDS):
-                await self._connection.close()
+        await self._connection.close()
 
     async def arm(self) -> bool:
         """Takes the gate, if no writer is at it."""
@@ -89,5 +86,5 @@ class Bell:
         return bool([notify async for notify in self._connection.notifies(timeout=seconds, stop_after=1)])
 
     async def _ask(self, statement: Any) -> tuple[Any, ...]:
-        async with asyncio.timeout(_DEADLINE_SECONDS):
+        with cut_after(self._connection, _DEADLINE_SECONDS):
             return await fetch_one(self._connection, statement)

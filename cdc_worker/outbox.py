@@ -74,6 +74,11 @@ select pg_current_snapshot()::text,
                where xid = any (array(select pg_snapshot_xip($1::pg_snapshot)))
                  and pg_visible_in_snapshot(xid, pg_current_snapshot()))
 """
+_BACKLOG = """
+select count(*) from (
+    select from cdc.outbox where xid >= pg_snapshot_xmax($1::pg_snapshot) and (xid, id) > ($2::text::xid8, $3::int8)
+    limit $4) as some
+"""
 MARK = """
 insert into cdc.outbox (slot, mirror, key)
 select coalesce(pg_sequence_last_value('cdc.slot'::regclass), 0), $1, unnest($2::text[])
@@ -86,6 +91,12 @@ async def look(database: Database, position: Position) -> Position | None:
         return None
     ((now, something),) = await database.execute(_LOOK, position.snapshot)
     return None if something else Position(now)
+
+
+async def backlog(database: Database, position: Position, most: int) -> int:
+    """About how many rows of the log are beyond `position`, counted up to `most`."""
+    ((rows,),) = await database.execute(_BACKLOG, position.snapshot, str(position.after_xid), position.after_id, most)
+    return int(rows)
 
 
 async def read_page(connection: Connection, position: Position, limit: int) -> Page:

@@ -13,8 +13,9 @@ from cdc_worker.liveness import Liveness
 from cdc_worker.outbox import Position, look
 
 _READER = "the log in Postgres"
-# After a busy time: so soon is the next change likely. Then the bell is armed, or the pauses grow.
-_SHORT_PAUSES_SECONDS = (0.002, 0.004, 0.008, 0.016)
+# After a busy time the next change is likely soon: short pauses that double, and the bell is not worth its statements.
+_FIRST_PAUSE_SECONDS = 0.002
+_LIKELY_SECONDS = 0.015
 # The bell is trusted for so long; then one look, which also moves the position on.
 _LOOKOUT_SECONDS = 30.0
 # What may wait in memory. Bytes are the bound that matters; keys keep the lanes' own bookkeeping small.
@@ -56,8 +57,6 @@ class Reader:
         self._freed = asyncio.Event()
         # The last look found nothing: whoever has time may add work of his own.
         self.caught_up = asyncio.Event()
-        # Age of the oldest change read and perhaps not acknowledged, as of `monotonic`.
-        self.oldest_since: float | None = None
 
     def wake(self) -> None:
         self._wake.set()
@@ -100,29 +99,28 @@ class Reader:
             return False
         if page.end.window_end is not None:
             self.caught_up.clear()
-        if self.oldest_since is None or self._lanes.idle:
-            self.oldest_since = time.monotonic() - page.age_seconds
-        self._lanes.add(page.end, readings.events)
+        self._lanes.add(page.end, readings.events, since=time.monotonic() - page.age_seconds)
         self._added()
         return True
 
     async def _rest(self) -> None:
         """Returns when there may be something to read: rung, polled, or woken."""
-        for seconds in _SHORT_PAUSES_SECONDS:
-            if await self._pause(seconds) or await self._something():
-                return
-        if self._bell is not None and await self._bell.arm():
-            try:
-                # A writer that found the gate open is seen by this look; one that comes later rings.
-                while not await self._something():
-                    if await self._bell.wait(self._wake, _LOOKOUT_SECONDS):
-                        return
-            finally:
-                await self._bell.disarm()
-            return
-        seconds = _SHORT_PAUSES_SECONDS[-1]
+        seconds = _FIRST_PAUSE_SECONDS
         while not await self._pause(seconds) and not await self._something():
-            seconds = min(seconds * 1.5, self._poll_seconds)
+            if seconds > _LIKELY_SECONDS and self._bell is not None and await self._bell.arm():
+                return await self._listen(self._bell)
+            seconds = min(seconds * 2, self._poll_seconds)
+        return None
+
+    async def _listen(self, bell: Bell) -> None:
+        """Sleeps behind the closed gate."""
+        try:
+            # A writer that found the gate open is seen by this look; one that comes later rings.
+            while not await self._something():
+                if await bell.wait(self._wake, _LOOKOUT_SECONDS):
+                    return
+        finally:
+            await bell.disarm()
 
     async def _pause(self, seconds: float) -> bool:
         """True if woken."""

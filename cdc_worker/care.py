@@ -1,0 +1,171 @@
+"""What can wait, beside reading and sending: rotation, broken mirrors, bare tables, rescans; and the heartbeat."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+
+import psycopg
+import structlog
+
+from cdc_worker import backfill
+from cdc_worker.catalog import Plan, uncaptured
+from cdc_worker.database import Database, first_lines, is_gone
+from cdc_worker.deployment import Deployment
+from cdc_worker.errors import FunctionFailed, Misconfigured
+from cdc_worker.lanes import Lanes
+from cdc_worker.mirrors import Mirror
+from cdc_worker.outage import Outage
+from cdc_worker.outbox import backlog
+from cdc_worker.pace import Pace
+from cdc_worker.parking import Parking
+from cdc_worker.reader import Reader
+from cdc_worker.registry import Registry
+from cdc_worker.rotation import rotate
+from cdc_worker.sender import Tally
+from cdc_worker.settings import Settings
+
+log = structlog.get_logger()
+
+# An idle worker looks so seldom, to cost next to nothing; one with a broken mirror looks for its mending.
+_SELDOM_SECONDS = 120.0
+_MENDING_SECONDS = 15.0
+# A mirror whose capture is broken asks for a rescan with each write; one begins in so many seconds at the most.
+_RESCAN_SECONDS = 10.0
+# The heartbeat counts no further: what is beyond is "many".
+_BACKLOG_COUNTED = 100_000
+
+
+class Care:
+    """One loop, one thing after the other, so that none of them ever competes with the mirror itself."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        deployment: Deployment,
+        outage: Outage,
+        registry: Registry,
+        *,
+        config: Sequence[Mirror],
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._deployment = deployment
+        self._outage = outage
+        self._registry = registry
+        self._config = config
+        self._soon = asyncio.Event()
+        # Tables last seen without triggers.
+        self._bare: list[str] = []
+
+    async def note_rescans(self, mirror_ids: set[int]) -> None:
+        """The log asks for rescans: noted in the database, so that the log's rows may be acknowledged."""
+        for mirror_id in mirror_ids:
+            state = self._registry.states[mirror_id]
+            if not state.retired:
+                log.warning(
+                    "capture.rescan",
+                    mirror=state.name,
+                    cause="a source was truncated, or lost a column that capture needs",
+                    cure="none needed for a truncated one; for a changed one: mend cdc_worker.toml and run migrate",
+                )
+                await backfill.request(
+                    self._database, mirror_id, with_documents=True, reason="source truncated or changed"
+                )
+        self._soon.set()
+
+    async def run(self, reader: Reader) -> None:
+        said = ""
+        while True:
+            try:
+                await self._round(reader)
+            except psycopg.Error as error:
+                if is_gone(error):
+                    raise
+                # None of this is worth the mirror's standing still.
+                if said != first_lines(error):
+                    said = first_lines(error)
+                    log.error("care.failed", cause=said, cure="tried again; the mirror itself goes on")
+            seconds = _MENDING_SECONDS if self._registry.broken else _SELDOM_SECONDS
+            self._soon.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._soon.wait()
+                    await asyncio.sleep(min(_RESCAN_SECONDS, seconds / 2))
+
+    async def _round(self, reader: Reader) -> None:
+        await rotate(
+            self._database,
+            retention_hours=self._settings.retention_hours,
+            partition_bytes=self._settings.partition_bytes,
+        )
+        await self._registry.mend()
+        await self._look_at_triggers()
+        await self._rescan(reader)
+
+    async def _look_at_triggers(self) -> None:
+        """A table that was made anew, or a new partition, has none: said when it is seen, and again when it changes."""
+        bare = await uncaptured(self._database, self._config)
+        if bare and bare != self._bare:
+            log.error("capture.missing", tables=bare, cure="run `cdc-worker migrate`, then `cdc-worker backfill`")
+        self._bare = bare
+
+    async def _rescan(self, reader: Reader) -> None:
+        """Page by page, each when all before is read: live changes do not queue behind a million old rows."""
+        while (step := await backfill.step(self._database, self._registry.plans, self._list_documents)) is not None:
+            reader.caught_up.clear()
+            reader.wake()
+            if step.finished:
+                log.info(
+                    "backfill.marked",
+                    mirror=self._registry.states[step.mirror_id].name,
+                    phase=step.phase,
+                    keys=step.total_marked,
+                )
+            await reader.caught_up.wait()
+
+    async def _list_documents(self, plan: Plan, after: str | None, limit: int) -> Sequence[str]:
+        async def attempt() -> list[str]:
+            most = limit
+            while True:
+                args = {"mirror": plan.mirror.name, "target": plan.mirror.target, "after": after, "limit": most}
+                try:
+                    keys = await self._deployment.call("query", "cdc:keys", args)
+                except FunctionFailed as failure:
+                    if most == 1:
+                        raise Misconfigured(f"{failure}: is the deployment running?") from None
+                    # Whole documents are read to list their keys, and large ones pass the limit of a query.
+                    most = max(most // 4, 1)
+                    continue
+                if not isinstance(keys, list):
+                    raise Misconfigured("cdc:keys gave no list: deploy the convex/ folder of this worker's version")
+                return [str(key) for key in keys]
+
+        return await self._outage.insist(attempt)
+
+
+async def heartbeat(
+    database: Database,
+    reader: Reader,
+    lanes: Lanes,
+    *,
+    parking: Parking,
+    pace: Pace,
+    tally: Tally,
+    seconds: float,
+) -> None:
+    """A line now and then that says how things stand."""
+    while True:
+        await asyncio.sleep(seconds)
+        since = lanes.oldest_since
+        log.info(
+            "worker.heartbeat",
+            lag_seconds=round(time.monotonic() - since, 1) if since is not None else 0.0,
+            backlog=0 if reader.caught_up.is_set() else await backlog(database, reader.position, _BACKLOG_COUNTED),
+            keys_under_way=lanes.keys,
+            parked_keys=parking.count,
+            batch_keys=pace.keys,
+            batches_in_flight=pace.in_flight,
+            **tally.take(),
+        )

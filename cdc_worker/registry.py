@@ -1,0 +1,82 @@
+"""The mirrors at work: cdc_worker.toml as the database knows it, each with a plan or with what is wrong with it."""
+
+from collections.abc import Sequence
+
+import psycopg
+import structlog
+
+from cdc_worker.catalog import Plan, check
+from cdc_worker.database import Database
+from cdc_worker.errors import ConfigError, SchemaError
+from cdc_worker.late_read import MirrorState
+from cdc_worker.migrate import load_migrations
+from cdc_worker.mirrors import Mirror
+from cdc_worker.parking import Parking
+
+log = structlog.get_logger()
+
+_VERSION = "select max(number) from cdc.migration"
+_MIRRORS = "select id, name, definition, configured from cdc.mirror"
+
+
+class Registry:
+    """By the small number that the log uses."""
+
+    def __init__(self, database: Database, config: Sequence[Mirror], parking: Parking) -> None:
+        self._database = database
+        self._config = {mirror.name: mirror for mirror in config}
+        self._parking = parking
+        self.states: dict[int, MirrorState] = {}
+
+    async def load(self) -> None:
+        """Reads what `migrate` noted. Raises SchemaError if it has not run, or not with this configuration."""
+        try:
+            ((version,),) = await self._database.execute(_VERSION)
+            known = await self._database.execute(_MIRRORS)
+        except psycopg.errors.UndefinedTable:
+            raise SchemaError("this database has no schema cdc: run `cdc-worker migrate`") from None
+        if version != load_migrations()[-1].number:
+            raise SchemaError(
+                f"the database has migration {version}: run `cdc-worker migrate` of this worker's version"
+            )
+        definitions = {name: definition for _, name, definition, configured in known if configured}
+        for mirror in self._config.values():
+            if definitions.get(mirror.name) != mirror.definition:
+                raise SchemaError(f'mirror "{mirror.name}" is not as the database knows it: run `cdc-worker migrate`')
+        for number, name, _, _ in known:
+            mirror_at_work = self._config.get(name)
+            width = len(mirror_at_work.key) if mirror_at_work is not None else 1
+            self.states[number] = MirrorState(number, name, width, None, retired=mirror_at_work is None)
+        await self.mend()
+
+    @property
+    def broken(self) -> bool:
+        return any(state.plan is None and not state.retired for state in self.states.values())
+
+    @property
+    def plans(self) -> dict[int, Plan]:
+        """Of the mirrors whose query runs."""
+        return {state.id: state.plan for state in self.states.values() if state.plan is not None}
+
+    async def mend(self) -> None:
+        """Gives each mirror without a plan its plan if its query runs, and its parked keys a new try."""
+        for state in self.states.values():
+            if state.plan is None and not state.retired:
+                await self._try_plan(state, self._config[state.name])
+
+    async def _try_plan(self, state: MirrorState, mirror: Mirror) -> None:
+        try:
+            async with self._database.transaction("read only") as connection:
+                plan = await check(connection, mirror)
+        except ConfigError as error:
+            if not state.broken:
+                log.error(
+                    "mirror.broken", mirror=mirror.name, cause=str(error), cure="its keys are parked until it is mended"
+                )
+            state.broken = str(error)
+            return
+        was_broken = bool(state.broken)
+        state.plan, state.broken = plan, ""
+        await self._parking.retry_mirror(state.id)
+        if was_broken:
+            log.info("mirror.mended", mirror=mirror.name)

@@ -1,0 +1,231 @@
+"""A session: from the lease to its release. Nothing that it knows outlives it."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+
+import psycopg
+import structlog
+
+from cdc_worker.care import Care, heartbeat
+from cdc_worker.checkpoint import Checkpoint, Held
+from cdc_worker.database import GONE, Database
+from cdc_worker.deployment import Deployment
+from cdc_worker.errors import SchemaError
+from cdc_worker.lanes import Lanes
+from cdc_worker.listener import Bell
+from cdc_worker.liveness import Liveness
+from cdc_worker.mirrors import Mirror
+from cdc_worker.opening import Opened, open_shard
+from cdc_worker.outage import Outage
+from cdc_worker.outbox import Position
+from cdc_worker.pace import Pace
+from cdc_worker.parking import Parking
+from cdc_worker.reader import Reader
+from cdc_worker.registry import Registry
+from cdc_worker.sender import Sender, Tally
+from cdc_worker.settings import Settings
+
+log = structlog.get_logger()
+
+SHARD = "0"
+# While another worker has the lease, one look in so many seconds: how soon a dead one is replaced.
+_STANDBY_SECONDS = 1.0
+# A checkpoint for each batch would cost a commit each; what is acknowledged and not yet noted is only delivered twice.
+_CHECKPOINT_SECONDS = 0.1
+_RELEASE_SECONDS = 3.0
+# Where the size of a batch starts from; the deployment's answers decide what it becomes.
+_FIRST_BATCH_KEYS = 250
+_CHECKPOINT = "a checkpoint in Postgres"
+
+
+class Session:
+    """One reader of one shard."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        mirrors: Sequence[Mirror],
+        database: Database,
+        deployment: Deployment,
+        *,
+        holder: str,
+        tally: Tally,
+        liveness: Liveness,
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._deployment = deployment
+        self._checkpoint = Checkpoint(database, SHARD, holder, lease_seconds=settings.lease_seconds)
+        self._outage = Outage(longest_pause_seconds=settings.backoff_seconds, liveness=liveness)
+        self._liveness = liveness
+        self._parking = Parking(database)
+        self._registry = Registry(database, mirrors, self._parking)
+        self._care = Care(settings, database, deployment, self._outage, self._registry, config=mirrors)
+        self._lanes = Lanes()
+        self._tally = tally
+        self._settled = asyncio.Event()
+        # It has a shard open: a stop drains it, rather than to cut it short.
+        self.open = False
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Returns when stopped. Raises (in groups) what ended the session."""
+        bell = await self._open_bell()
+        try:
+            held = await self._lease(bell, stop)
+            if held is not None:
+                await self._registry.load()
+                await self._parking.load()
+                log.info("lease.acquired", shard=SHARD, token=held.token)
+                await self._hold(held, bell, stop)
+        finally:
+            self.open = False
+            self._liveness.rests(_CHECKPOINT)
+            with contextlib.suppress(*GONE, psycopg.Error):
+                async with asyncio.timeout(_RELEASE_SECONDS):
+                    await self._checkpoint.release()
+            if bell is not None:
+                await bell.close()
+
+    async def _open_bell(self) -> Bell | None:
+        direct = self._settings.listen_database_url or self._settings.database_url
+        try:
+            bell = await Bell.open(direct.get_secret_value())
+            cause = "LISTEN gets no answer: a pooler in between?"
+        except GONE:
+            if self._settings.listen_database_url is None:
+                raise
+            bell, cause = None, "LISTEN_DATABASE_URL is out of reach"
+        if bell is None:
+            log.warning(
+                "listen.unavailable",
+                cause=cause,
+                poll_seconds=self._settings.poll_seconds,
+                cure="polling meanwhile; give a direct connection in LISTEN_DATABASE_URL",
+            )
+        return bell
+
+    async def _lease(self, bell: Bell | None, stop: asyncio.Event) -> Held | None:
+        said = False
+        while not stop.is_set():
+            try:
+                held = await self._checkpoint.acquire(bell.pid if bell is not None else None)
+            except psycopg.errors.UndefinedTable:
+                raise SchemaError("this database has no schema cdc: run `cdc-worker migrate`") from None
+            if held is not None:
+                return held
+            if not said:
+                holder, seconds = await self._checkpoint.holder()
+                log.info("lease.standby", shard=SHARD, holder=holder, expires_in_seconds=round(seconds, 1))
+                said = True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_STANDBY_SECONDS):
+                    await stop.wait()
+        return None
+
+    async def _hold(self, held: Held, bell: Bell | None, stop: asyncio.Event) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            renewing = tasks.create_task(self._renew())
+            opening = tasks.create_task(
+                open_shard(self._database, self._checkpoint, self._deployment, self._outage, shard=SHARD, held=held)
+            )
+            stopped = tasks.create_task(stop.wait())
+            await asyncio.wait({opening, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            renewing.cancel()
+            if opening.done() and not stop.is_set():
+                await self._work(await opening, bell, stop)
+            opening.cancel()
+            stopped.cancel()
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.lease_seconds / 3)
+            await self._checkpoint.renew()
+
+    async def _work(self, opened: Opened, bell: Bell | None, stop: asyncio.Event) -> None:
+        settings = self._settings
+        pace = Pace(keys=_FIRST_BATCH_KEYS, most_keys=settings.batch_keys, most_in_flight=settings.in_flight)
+        sender = Sender(
+            self._deployment,
+            self._lanes,
+            self._parking,
+            self._outage,
+            shard=SHARD,
+            epoch=opened.epoch,
+            pace=pace,
+            batch_bytes=settings.batch_bytes,
+            settled=self._settled.set,
+            tally=self._tally,
+        )
+        reader = Reader(
+            self._database,
+            bell,
+            self._registry.states,
+            self._lanes,
+            opened.position,
+            page_rows=settings.page_rows,
+            poll_seconds=settings.poll_seconds,
+            rescan=self._care.note_rescans,
+            added=sender.wake,
+            liveness=self._liveness,
+        )
+        log.info("session.open", shard=SHARD, epoch=opened.epoch, listen=bell is not None)
+        self.open = True
+        async with asyncio.TaskGroup() as tasks:
+            reading = tasks.create_task(reader.run())
+            sending = tasks.create_task(sender.run())
+            others = [
+                tasks.create_task(self._keep_checkpoint(reader)),
+                tasks.create_task(self._care.run(reader)),
+                tasks.create_task(
+                    heartbeat(
+                        self._database,
+                        reader,
+                        self._lanes,
+                        parking=self._parking,
+                        pace=pace,
+                        tally=self._tally,
+                        seconds=settings.heartbeat_seconds,
+                    )
+                ),
+            ]
+            await stop.wait()
+            self._liveness.rests(_CHECKPOINT)
+            started = time.monotonic()
+            log.info("worker.stopping", drain_seconds=settings.drain_seconds, keys_under_way=self._lanes.keys)
+            reader.stop()
+            sender.stop()
+            await asyncio.wait({reading, sending}, timeout=settings.drain_seconds)
+            drained = reading.done() and sending.done()
+            for task in (reading, sending, *others):
+                task.cancel()
+        await self._save(reader)
+        log.info(
+            "worker.drained" if drained else "worker.drain_timed_out",
+            took_seconds=round(time.monotonic() - started, 2),
+            keys_left=self._lanes.keys,
+        )
+
+    async def _keep_checkpoint(self, reader: Reader) -> None:
+        """After the verdicts, at a measured pace; and often enough to keep the lease."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.lease_seconds / 3):
+                    await self._settled.wait()
+            self._settled.clear()
+            reader.freed()
+            if not await self._save(reader):
+                await self._checkpoint.renew()
+            self._liveness.moved(_CHECKPOINT)
+            await asyncio.sleep(_CHECKPOINT_SECONDS)
+
+    async def _save(self, reader: Reader) -> bool:
+        """Notes how far everything is acknowledged; False if that is no further than before."""
+        position: Position | None = self._lanes.acknowledged()
+        if self._lanes.idle:
+            position = reader.position
+        if position is None:
+            return False
+        await self._checkpoint.save(position)
+        return True
