@@ -66,8 +66,8 @@ class Session:
         self._lanes = Lanes()
         self._tally = tally
         self._settled = asyncio.Event()
-        # It has a shard open: a stop drains it, rather than to cut it short.
-        self.open = False
+        # When it opened its shard (monotonic): a stop then drains it, rather than to cut it short.
+        self.opened_at: float | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Returns when stopped. Raises (in groups) what ended the session."""
@@ -80,7 +80,6 @@ class Session:
                 log.info("lease.acquired", shard=SHARD, token=held.token)
                 await self._hold(held, bell, stop)
         finally:
-            self.open = False
             self._liveness.rests(_CHECKPOINT)
             with contextlib.suppress(*GONE, psycopg.Error):
                 async with asyncio.timeout(_RELEASE_SECONDS):
@@ -171,7 +170,7 @@ class Session:
             liveness=self._liveness,
         )
         log.info("session.open", shard=SHARD, epoch=opened.epoch, listen=bell is not None)
-        self.open = True
+        self.opened_at = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
             reading = tasks.create_task(reader.run())
             sending = tasks.create_task(sender.run())

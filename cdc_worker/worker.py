@@ -72,7 +72,8 @@ class Worker:
         try:
             await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait(
-                {running}, timeout=self._settings.drain_seconds + 5.0 if session.open else _CUT_SHORT_SECONDS
+                {running},
+                timeout=_CUT_SHORT_SECONDS if session.opened_at is None else self._settings.drain_seconds + 5.0,
             )
         finally:
             stopped.cancel()
@@ -111,7 +112,6 @@ class Worker:
                 tally=self._tally,
                 liveness=self._liveness,
             )
-            started = time.monotonic()
             try:
                 await self._run_or_stop(session)
             except* Fenced as group:
@@ -125,7 +125,7 @@ class Worker:
                 pause = troubles.note("database.refuses", _cause(group))
             else:
                 pause = 0.0
-            if time.monotonic() - started > _LASTING_SECONDS:
+            if session.opened_at is not None and time.monotonic() - session.opened_at > _LASTING_SECONDS:
                 troubles.over()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):

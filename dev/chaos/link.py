@@ -23,7 +23,7 @@ Only batches are kept: a late `cdc:open` fences its own worker, which then compa
 is made to find.
 """
 
-_MOST_KEPT = 24
+_MOST_KEPT = 16
 _APPLY = b'"path":"cdc:apply"'
 
 

@@ -25,7 +25,7 @@ from dev.chaos.schedule import (
     Stop,
 )
 
-_NOTES = st.sampled_from(["n1", "n2", 'n:"3"\\', "", "é~{"])
+_NOTES = st.sampled_from(["n1", 'n:"2"\\~{', ""])
 _USERS = st.sampled_from(["u1", "ü:2"])
 _PLACES = st.sampled_from(["a", 'b",\\"é'])
 _NUMBERS = st.sampled_from([1, -2])
@@ -84,7 +84,8 @@ _DO = st.builds(
     _WRITER,
     _STATEMENT.flatmap(lambda name: st.tuples(st.just(name), _VALUES[name])),
 )
-_MODES: Final[list[Mode]] = ["ghost", "clear", "lose", "hold", "ghost", "mute", "refuse"]
+# Not "clear": "ghost" is the same to the worker, and keeps what the end of a schedule plays once more.
+_MODES: Final[list[Mode]] = ["ghost", "lose", "ghost", "hold", "ghost", "mute", "refuse"]
 
 
 def _one(step: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Step]]:
@@ -97,7 +98,7 @@ _SEEN = st.tuples(st.lists(_DO, min_size=1, max_size=3), st.sampled_from([Reach(
 )
 _MOVES: Final[list[tuple[int, st.SearchStrategy[list[Step]]]]] = [
     (8, _one(_DO)),
-    (5, _SEEN),
+    (8, _SEEN),
     (4, _one(st.builds(Commit, _WRITER))),
     (1, _one(st.builds(Rollback, _WRITER))),
     (1, _one(st.builds(Savepoint, _WRITER))),
@@ -117,6 +118,6 @@ _MOVES: Final[list[tuple[int, st.SearchStrategy[list[Step]]]]] = [
 def schedules(*, most_moves: int = 30) -> st.SearchStrategy[Schedule]:
     """Schedules of up to so many moves; a move is one step, or a few that belong together."""
     weighted = [move for weight, move in _MOVES for _ in range(weight)]
-    return st.lists(st.sampled_from(weighted).flatmap(lambda move: move), min_size=6, max_size=most_moves).map(
-        lambda moves: tuple(step for move in moves for step in move)
+    return st.lists(st.sampled_from(weighted).flatmap(lambda move: move), min_size=8, max_size=most_moves).map(
+        lambda moves: (Link("ghost"), *(step for move in moves for step in move))
     )

@@ -293,11 +293,12 @@ class World:
             # The one that replaced it is gone again. It may still believe that nothing happened; who starts now knows better.
             self._workers.append(self._workers.pop())
         await self._come_to_rest(to="hold what Postgres holds")
-        await self._compare("at the end")
+        wanted = await application.expected_documents(self._admin)
+        await self._compare("at the end", *wanted)
         # Ghosts, newest first and looked at one by one: the older one is what a newer one must not hide.
         for place in reversed(range(self._network.kept)):
             await self._network.replay(place)
-            await self._compare(f"after request {place} of {self._network.kept} that were kept came once more")
+            await self._compare(f"when request {place} of the {self._network.kept} kept had come late", *wanted)
         self._network.forget()
         for worker in self._workers[:-1]:
             worker.kill()
@@ -305,7 +306,7 @@ class World:
         for table in application.TABLES:
             await self._admin.execute(sql.SQL("delete from {}").format(sql.SQL(cast("LiteralString", table))))
         await self._come_to_rest(to="be empty again")
-        await self._compare("with all rows deleted")
+        await self._compare("with all rows deleted", *await application.expected_documents(self._admin))
 
     async def _come_to_rest(self, *, to: str) -> None:
         """Everything acknowledged, nothing under way; seen twice, since a look is not a proof."""
@@ -326,8 +327,7 @@ class World:
         rows = await (await self._admin.execute(_ACKNOWLEDGED)).fetchall()
         return all(acknowledged for (acknowledged,) in rows)
 
-    async def _compare(self, when: str) -> None:
-        wanted, unfit = await application.expected_documents(self._admin)
+    async def _compare(self, when: str, wanted: application.Documents, unfit: set[tuple[str, ...]]) -> None:
         found, doubled = application.dumped_documents(await self._ask("query", "probe:dump"))
         parked = {
             (mirror, *(json.loads(key) if mirror == "visits" else [key]))

@@ -41,23 +41,6 @@ _REASONS = ("no check-in", "asked for help", "low mood", "missed a call")
 _TITLES = ("Sleeping better", "A plan for today", "Müde, but fine", "A good day", "Breathing", "After the exam")
 _LEVELS = ("L1", "L2", "L3", "L4")
 
-# A deck of cards, dealt to the end and shuffled anew: all kinds of writes come within a few seconds, in any order.
-_DECK: Final[Mapping[str, int]] = {
-    "check_in": 6,
-    "start_conversation": 3,
-    "go_on_talking": 3,
-    "raise_alert": 3,
-    "alert_with_conversation": 1,
-    "escalate_alert": 1,
-    "resolve_alert": 2,
-    "edit_note": 2,
-    "delete_check_in": 1,
-    "move_everybodys_check_in": 1,
-    "change_its_mind": 2,
-    "sign_up": 1,
-    "close_an_account": 1,
-}
-
 
 @dataclass(frozen=True)
 class Person:
@@ -78,13 +61,33 @@ class Done:
     rolled_back: bool = False
 
 
+Action = Callable[[], Awaitable[Done | None]]
+"""One transaction's statements; None where there is nothing that they could be done to."""
+
+
 class Application:
     """Writes one transaction at a time over one connection (autocommit)."""
 
     def __init__(self, connection: Connection, dice: random.Random) -> None:
         self._connection = connection
         self._dice = dice
-        self._deck: list[str] = []
+        # Dealt to the end and shuffled anew: all kinds of writes come within a few seconds, in any order.
+        self._cards: Mapping[Action, int] = {
+            self._check_in: 6,
+            self._start_conversation: 3,
+            self._go_on_talking: 3,
+            self._raise_alert: 3,
+            self._alert_with_conversation: 1,
+            self._escalate_alert: 1,
+            self._resolve_alert: 2,
+            self._edit_note: 2,
+            self._delete_check_in: 1,
+            self._move_everybodys_check_in: 1,
+            self._change_its_mind: 2,
+            self._sign_up: 1,
+            self._close_an_account: 1,
+        }
+        self._deck: list[Action] = []
         self._known: dict[str, dict[Slot, Document]] = {}
         self._made_ids = 0
         # Every user there ever was, so that a comparison can look for what is left of those who are gone.
@@ -112,7 +115,7 @@ class Application:
         """The next transaction, committed (or, now and then, rolled back)."""
         return await self._transact(await self._next_action())
 
-    async def _next_action(self) -> Callable[[], Awaitable[Done | None]]:
+    async def _next_action(self) -> Action:
         crowded = await self._one(
             'select u.id, u.name from "User" u where (select count(*) from "CheckIn" where "userId" = u.id)'
             ' + (select count(*) from "Alert" where "userId" = u.id)'
@@ -126,17 +129,16 @@ class Application:
         if row[0] < FEWEST_USERS:
             return self._sign_up
         if not self._deck:
-            self._deck = list(Counter(_DECK).elements())
+            self._deck = list(Counter(self._cards).elements())
             self._dice.shuffle(self._deck)
         card = self._deck.pop()
-        if card == "sign_up" and row[0] >= MOST_USERS:
-            card = "close_an_account"
-        elif card == "close_an_account" and row[0] <= FEWEST_USERS:
-            card = "sign_up"
-        action: Callable[[], Awaitable[Done | None]] = getattr(self, f"_{card}")
-        return action
+        if card == self._sign_up and row[0] >= MOST_USERS:
+            return self._close_an_account
+        if card == self._close_an_account and row[0] <= FEWEST_USERS:
+            return self._sign_up
+        return card
 
-    async def _transact(self, action: Callable[[], Awaitable[Done | None]]) -> Change:
+    async def _transact(self, action: Action) -> Change:
         async with self._connection.transaction():
             # Nothing that this could be done to: everybody can check in.
             done = await action() or await self._check_in()
@@ -163,7 +165,7 @@ class Application:
         self.users |= set(users)
         return effects
 
-    # The actions. Each is one transaction's statements, and returns None where there is nothing it could be done to.
+    # The actions, which people do.
 
     async def _sign_up(self) -> Done:
         taken = {name for (name,) in await self._all('select name from "User"')}
@@ -305,7 +307,8 @@ class Application:
         """The rows of the other tables go with the user's, by cascade."""
         rows = len(await documents(self._connection, [person.id]))
         await self._run('delete from "User" where id = %s', person.id)
-        return Done("User", person.id, f"{person.name} left, and {rows - 1} rows", [person], rows)
+        others = {1: "", 2: ", and 1 row"}.get(rows, f", and {rows - 1} rows")
+        return Done("User", person.id, f"{person.name} left{others}", [person], rows)
 
     # What a client library does.
 

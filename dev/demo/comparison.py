@@ -1,7 +1,7 @@
 """Every row against every document, by means of our own: SQL here, the public queries there, the worker not asked."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -97,15 +97,31 @@ async def _keys(reads: ConvexReads, mirror: str, target: str) -> set[str]:
 def _difference(slot: Slot, row: Document | None, document: Document | None) -> str:
     if document is None:
         return f"{_name(slot)}: missing in Convex"
+    there = _flat(document)
     if row is None:
-        return f"{_name(slot)}: Convex has it, Postgres does not ({_said(document, document.keys())})"
-    fields = sorted(name for name in row.keys() | document.keys() if row.get(name) != document.get(name))
-    return f"{_name(slot)}: Postgres has {_said(row, fields)}; Convex has {_said(document, fields)}"
+        return f"{_name(slot)}: Convex has it, Postgres does not ({_said(there, there.keys())})"
+    here = _flat(row)
+    fields = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    return f"{_name(slot)}: Postgres has {_said(here, fields)}; Convex has {_said(there, fields)}"
+
+
+def _flat(document: Document) -> Document:
+    """`metadata.mood` for what lies inside, so that only that is shown which differs."""
+    flat = {name: value for name, value in document.items() if name != "metadata"}
+    metadata = document.get("metadata")
+    if isinstance(metadata, dict):
+        return flat | {f"metadata.{name}": value for name, value in metadata.items()}
+    return flat if metadata is None else flat | {"metadata": metadata}
 
 
 def _name(slot: Slot) -> str:
     return f"{slot[0]} {slot[1]}"
 
 
-def _said(document: Mapping[str, object], fields: Collection[str]) -> str:
-    return ", ".join(f"{name} {document[name]!r}" if name in document else f"no {name}" for name in fields)
+def _said(document: Document, fields: Collection[str]) -> str:
+    return ", ".join(f"{name} {_value(document[name])}" if name in document else f"no {name}" for name in fields)
+
+
+def _value(value: object) -> str:
+    # Every number is a float in Convex.
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else repr(value)

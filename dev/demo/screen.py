@@ -19,6 +19,8 @@ _STYLES: Final = {"User": "magenta", "CheckIn": "green", "Conversation": "cyan",
 _LEVELS: Final = {"L1": "yellow", "L2": "yellow", "L3": "red", "L4": "bold red"}
 # Time, table and id with the gaps behind them.
 _LEFT: Final = 8 + 2 + 12 + 2 + 7 + 2
+# The longest of the outcomes.
+_RIGHT: Final = 31
 _MOST_DIFFERENCES: Final = 20
 
 
@@ -63,7 +65,7 @@ class Screen:
         elif change.overtaken:
             self._line(change, Text("→ overtaken by a later change", "dim"))
         else:
-            self._line(change, Text.assemble("→ seen in Convex after ", (f"{_ms(change):>4}", "bold"), " ms"))
+            self._line(change, Text.assemble("→ seen in Convex after ", (f"{_ms(change):>5}", "bold"), " ms"))
 
     def late(self, change: Change) -> None:
         self._line(change, Text("→ not seen yet", "yellow"))
@@ -87,7 +89,11 @@ class Screen:
         self._print(text)
 
     def trouble(self, error: BaseException) -> None:
-        self._print(Text(f"demo: {str(error) or type(error).__name__}", "red"))
+        """What went wrong; behind the first line there may be lines of the worker's log."""
+        first, *lines = (str(error) or type(error).__name__).splitlines()
+        self._print(Text(f"demo: {first}", "red"))
+        for line in lines:
+            self.log(line)
 
     def summary(
         self,
@@ -104,18 +110,22 @@ class Screen:
         self._print(Text(f"{seconds:.1f} s", "bold"))
         self._row(
             "written",
-            f"{sum(change.rows for change in committed)} rows in {len(committed)} transactions;"
+            f"{_many(sum(change.rows for change in committed), 'row')} in {_many(len(committed), 'transaction')},"
             f" {len(written) - len(committed)} more rolled back",
         )
-        self._row("seen", _seen(committed, seen))
-        activities, statuses = comparison.activities, comparison.statuses
-        self._row("compared", f"{activities + statuses} documents: {activities} activities, {statuses} statuses,")
-        self._row("", "made of the rows by the demo's own SQL, with what Convex holds: cdc:keys of 4 mirrors,")
-        self._row("", f"getRecentActivities and getUserStatus of {comparison.users} users, past ones too")
+        times = sorted(change.took_ms for change in seen if not change.overtaken)
+        self._row("seen", f"{len(seen)} of {len(committed)} changes{_percentiles(times)}")
+        if len(times) < len(seen):
+            self._row("", f"{len(seen) - len(times)} of them overtaken by later ones, before anybody could see them")
+        documents = f"{comparison.activities} activities and {_many(comparison.statuses, 'status', 'statuses')}"
+        users = _many(comparison.users, "user")
+        self._row("compared", f"{documents}: what the rows give, read by the demo's own SQL,")
+        self._row("", f"with what the public queries show of {users}, past ones too, and with the")
+        self._row("", "keys of all four mirrors; the worker was not asked")
         if comparison.by_key_only:
             self._row("", f"{comparison.by_key_only} by key only: the query shows a user's newest 100", "yellow")
         lines, warnings = _count_lines(log)
-        self._row("worker", f"{lines} log lines, {warnings or 'no'} warning{'' if warnings == 1 else 's'}")
+        self._row("worker", f"{_many(lines, 'log line')}, {_many(warnings, 'warning')}")
         self._print()
         if not comparison.differences and not unseen:
             self._print(Text.assemble(("✓ equal", "bold green"), ": every row and every status"))
@@ -126,9 +136,9 @@ class Screen:
             self._print(Text(f"  {difference}", "red"))
         if len(comparison.differences) > _MOST_DIFFERENCES:
             self._print(Text(f"  and {len(comparison.differences) - _MOST_DIFFERENCES} more", "red"))
-        what = f"{len(comparison.differences)} differences between Postgres and Convex"
+        what = f"{_many(len(comparison.differences), 'difference')} between Postgres and Convex"
         if unseen:
-            what += f", {len(unseen)} changes that the dashboard never saw"
+            what += f", {_many(len(unseen), 'change')} that the dashboard never saw"
         self._print(Text.assemble(("✗ not equal", "bold red"), f": {what}. The worker's last lines:"))
         for line in log.read_text(errors="replace").splitlines()[-15:]:
             self.log(line)
@@ -141,7 +151,7 @@ class Screen:
         key = f"{change.key[:4]}…{change.key[-2:]}" if change.key else ""
         text = Text(change.text)
         if self._console.is_terminal:
-            text.truncate(max(16, self._console.width - _LEFT - 2 - 30), overflow="ellipsis", pad=True)
+            text.truncate(max(16, self._console.width - _LEFT - 2 - _RIGHT), overflow="ellipsis", pad=True)
         else:
             text.align("left", 36)
         style = _LEVELS.get(change.level) or _STYLES.get(change.table, "")
@@ -171,14 +181,16 @@ def _ms(change: Change) -> str:
     return f"{change.took_ms:,.0f}"
 
 
-def _seen(committed: Sequence[Change], seen: Sequence[Change]) -> str:
-    times = sorted(change.took_ms for change in seen if not change.overtaken)
-    text = f"{len(seen)} of {len(committed)} changes"
-    if times:
-        p50, p99 = (times[min(len(times) - 1, int(len(times) * part))] for part in (0.5, 0.99))
-        text += f", from COMMIT to the dashboard p50 {p50:.0f} ms, p99 {p99:.0f} ms, slowest {times[-1]:,.0f} ms"
-    overtaken = len(seen) - len(times)
-    return text + (f"; {overtaken} overtaken by later ones" if overtaken else "")
+def _many(number: int, one: str, several: str = "") -> str:
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
+def _percentiles(times: Sequence[float]) -> str:
+    """Of a sorted list of milliseconds."""
+    if not times:
+        return ""
+    p50, p99 = (times[min(len(times) - 1, int(len(times) * part))] for part in (0.5, 0.99))
+    return f"; from COMMIT to the dashboard: p50 {p50:,.0f} ms, p99 {p99:,.0f} ms, slowest {times[-1]:,.0f} ms"
 
 
 def _record(line: str) -> dict[str, object] | None:

@@ -87,7 +87,9 @@ class Worker:
         """`release:` of the Procfile. Raises StageError."""
         with self._start("migrate") as migrating:
             if migrating.wait(MIGRATE_SECONDS) != 0:
-                raise StageError(f"cdc_worker migrate ended with {migrating.returncode}:\n{migrating.tail()}")
+                raise StageError(
+                    f"cdc_worker migrate ended with {migrating.returncode}; its last lines:\n{migrating.tail()}"
+                )
 
     def start(self) -> None:
         """`worker:` of the Procfile."""
@@ -96,7 +98,9 @@ class Worker:
     def check(self) -> None:
         """Raises StageError if it has ended: it never should by itself."""
         if self._running is not None and self._running.returncode is not None:
-            raise StageError(f"cdc_worker run ended with {self._running.returncode}:\n{self._running.tail(15)}")
+            raise StageError(
+                f"cdc_worker run ended with {self._running.returncode}; its last lines:\n{self._running.tail(15)}"
+            )
 
     def tail(self) -> str:
         """The end of its log, for a failure."""

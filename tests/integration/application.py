@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, LiteralString, cast
 
 import psycopg
@@ -86,7 +87,14 @@ def rows_of(table: str, *, name: str = "rows", key: Sequence[str] = ("id",), wat
 
 
 def migrate_now(dsn: str, mirrors: Sequence[Mirror]) -> None:
-    asyncio.run(asyncio.wait_for(migrate(dsn, mirrors), 30))
+    """In a thread with a loop of its own, so that any test may call it."""
+
+    async def work() -> None:
+        async with asyncio.timeout(30):
+            await migrate(dsn, mirrors)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: asyncio.run(work())).result()
 
 
 class Database:
@@ -120,7 +128,9 @@ class Database:
 
     def captured(self) -> list[str | None]:
         """The keys that were captured since the last call, in order; None asks for a rescan."""
-        taken = self.execute("with taken as (delete from cdc.outbox returning id, key) select key from taken order by id")
+        taken = self.execute(
+            "with taken as (delete from cdc.outbox returning id, key) select key from taken order by id"
+        )
         return [key for (key,) in taken]
 
     def captured_by_mirror(self) -> list[tuple[str, str | None]]:

@@ -289,7 +289,9 @@ def test_columns_without_equality_are_compared(opened: Open) -> None:
 
 
 def test_a_toasted_column_is_compared_by_its_content(opened: Open) -> None:
-    db = opened("create table t (id int primary key, note text, body text); alter table t alter body set storage external")
+    db = opened(
+        "create table t (id int primary key, note text, body text); alter table t alter body set storage external"
+    )
     db.execute("insert into t values (1, '', repeat('x', 100000))")
     db.captured()
     db.execute("update t set note = ''")
@@ -337,7 +339,10 @@ def test_columns_named_as_the_trigger_names_things(opened: Open) -> None:
 def test_key_columns_named_as_the_trigger_names_things(opened: Open) -> None:
     db = opened(
         "".join(f'create table "of_{column}" ("{column}" text primary key, note text);' for column in NAMES),
-        *(rows_of(f'"of_{column}"', key=(column,), watch=("note",), name=f"watched-{n}") for n, column in enumerate(NAMES)),
+        *(
+            rows_of(f'"of_{column}"', key=(column,), watch=("note",), name=f"watched-{n}")
+            for n, column in enumerate(NAMES)
+        ),
         *(rows_of(f'"of_{column}"', key=(column,), name=f"whole-{n}") for n, column in enumerate(NAMES)),
     )
     wrong: dict[str, object] = {}
@@ -390,7 +395,9 @@ def test_a_column_that_is_gone_makes_every_write_a_rescan(opened: Open, what: st
     assert db.captured() == [None]
 
 
-@pytest.mark.parametrize("kind", ["varchar(100)", "int using length(id)", "jsonb using to_jsonb(id)", "bytea using id::bytea"])
+@pytest.mark.parametrize(
+    "kind", ["varchar(100)", "int using length(id)", "jsonb using to_jsonb(id)", "bytea using id::bytea"]
+)
 def test_a_key_column_of_another_type_never_fails_a_write(opened: Open, kind: str) -> None:
     db = opened("create table t (id text, note text)", rows_of("t"))
     db.execute("insert into t values ('7', 'x'); update t set note = 'y'")
@@ -456,7 +463,9 @@ def test_a_writer_cannot_lead_the_trigger_astray_by_names_of_its_own(opened: Ope
     # The function runs with its owner's rights: nothing of the session's search_path may be reached.
     db = opened()
     db.execute("create schema mine; create table mine.outbox (id text)")
-    db.execute("create function mine.pg_try_advisory_xact_lock_shared(int, int) returns bool language sql as 'select 1/0 = 1'")
+    db.execute(
+        "create function mine.pg_try_advisory_xact_lock_shared(int, int) returns bool language sql as 'select 1/0 = 1'"
+    )
     db.execute("set search_path = mine, public")
     db.execute("insert into t values ('a')")
     assert db.captured() == ["a"]
