@@ -40,8 +40,8 @@ class Step:
 
     mirror_id: int
     phase: str
-    # The phase is over.
-    finished: bool
+    # The whole rescan is over.
+    done: bool
     total_marked: int
 
 
@@ -101,10 +101,8 @@ async def step(database: Database, plans: dict[int, Plan], list_documents: ListD
         await mark(connection, mirror_id, keys)
         # Documents are listed by a query that may give fewer than asked for: only an empty page is the end.
         finished = len(keys) < PAGE_KEYS if phase == "rows" else not keys
-        if not finished:
-            await connection.execute(_MOVE, (mirror_id, phase, keys[-1], len(keys), again))
-        elif following == "done" and again:
-            await connection.execute(_MOVE, (mirror_id, "rows", None, len(keys), False))
-        else:
-            await connection.execute(_MOVE, (mirror_id, following, None, len(keys), again))
-    return Step(mirror_id, phase, finished, total + len(keys))
+        upcoming = phase if not finished else "rows" if following == "done" and again else following
+        moved_to = keys[-1] if not finished else None
+        again = again and not (finished and following == "done")
+        await connection.execute(_MOVE, (mirror_id, upcoming, moved_to, len(keys), again))
+    return Step(mirror_id, phase, upcoming == "done", total + len(keys))

@@ -116,13 +116,8 @@ class Care:
         while (step := await backfill.step(self._database, self._registry.plans, self._list_documents)) is not None:
             reader.caught_up.clear()
             reader.wake()
-            if step.finished:
-                log.info(
-                    "backfill.marked",
-                    mirror=self._registry.states[step.mirror_id].name,
-                    phase=step.phase,
-                    keys=step.total_marked,
-                )
+            if step.done:
+                log.info("backfill.done", mirror=self._registry.states[step.mirror_id].name, keys=step.total_marked)
             await reader.caught_up.wait()
 
     async def _list_documents(self, plan: Plan, after: str | None, limit: int) -> Sequence[str]:
