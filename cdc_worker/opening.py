@@ -78,7 +78,8 @@ async def open_shard(
         ((now,),) = await database.execute(_NOW)
         position = Position(now)
     if reason:
-        log.warning("session.rescan", cause=reason, cure="none needed: all mirrors are compared with Convex again")
+        say = log.info if held.deployment is None else log.warning
+        say("session.rescan", cause=reason, cure="none needed: every row and document is looked at again")
         await request_all(database, reason)
     await checkpoint.note_epoch(answer.epoch, answer.deployment, incarnation)
     if position != held.position:

@@ -200,13 +200,18 @@ def _demo(
     seconds: Annotated[
         float | None, typer.Option("--for", metavar="SECONDS", min=1, help="End by itself. Otherwise: Ctrl-C.")
     ] = None,
-    rate: Annotated[float, typer.Option(metavar="WRITES_PER_SECOND", min=0.1, max=100, help="Transactions.")] = 3.0,
+    rate: Annotated[
+        float, typer.Option(metavar="WRITES_PER_SECOND", min=0.1, max=100, help="Transactions, on average.")
+    ] = 3.0,
     logs: Annotated[bool, typer.Option("--logs", help="Show the worker's log lines, too.")] = False,
 ) -> None:
     """A small application on an embedded Postgres, the local Convex, and the worker between them.
 
-    Prints what was written and when it was seen in Convex. At the end every row is compared with every document: exit
-    status 0 only if they are equal. Nothing is kept, and nothing is left running.
+    Prints what was written, and when it was seen in Convex.
+
+    At the end every row is compared with every document; exit status 0 only if they are equal.
+
+    Nothing is kept, and nothing is left running.
     """
     screen = Screen(Console(highlight=False, emoji=False, markup=False))
     # As Ctrl-C: the blocks below are left in order.

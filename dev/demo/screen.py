@@ -1,6 +1,7 @@
 """What a person sees: a banner, a line for each change, a summary. Plain lines where there is no terminal."""
 
 import json
+import textwrap
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -17,10 +18,10 @@ from dev.demo.stage import CONFIG, ROOT, Servers
 
 _STYLES: Final = {"User": "magenta", "CheckIn": "green", "Conversation": "cyan", "Alert": "yellow"}
 _LEVELS: Final = {"L1": "yellow", "L2": "yellow", "L3": "red", "L4": "bold red"}
-# Time, table and id with the gaps behind them.
-_LEFT: Final = 8 + 2 + 12 + 2 + 7 + 2
-# The longest of the outcomes.
-_RIGHT: Final = 31
+# Below this, lines leave out what can be spared: the id, and a few words.
+_WIDE: Final = 96
+# A file has no width: lines are padded to this one, and not cut.
+_PLAIN_WIDTH: Final = 100
 _MOST_DIFFERENCES: Final = 20
 
 
@@ -29,6 +30,10 @@ class Screen:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+
+    @property
+    def _width(self) -> int:
+        return self._console.width if self._console.is_terminal else _PLAIN_WIDTH
 
     def busy(self, what: str) -> "Status | _Quiet":
         """A spinner while something takes its time; nothing where there is no terminal."""
@@ -47,7 +52,10 @@ class Screen:
         self._print(Text.assemble(("cdc_worker", "bold"), "  rows of an application in Postgres appear in Convex"))
         self._print()
         for name, what, remark in rows:
-            self._print(Text.assemble("  ", (name.ljust(13), "bold"), what, (f"   {remark}".rstrip(), "dim")))
+            line = Text.assemble("  ", (name.ljust(13), "bold"), what)
+            if not self._console.is_terminal or line.cell_len + 3 + len(remark) <= self._console.width:
+                line.append(f"   {remark}".rstrip(), "dim")
+            self._print(line)
         self._print()
         self._print(Text(f"{end}, and every row is compared with every document.", "dim"))
         self._print()
@@ -61,14 +69,14 @@ class Screen:
     def change(self, change: Change) -> None:
         """One line: written, and what became of it."""
         if change.rolled_back:
-            self._line(change, Text("→ rolled back: never to be seen", "dim"))
+            self._line(change, "→ rolled back", ": never to be seen", style="dim")
         elif change.overtaken:
-            self._line(change, Text("→ overtaken by a later change", "dim"))
+            self._line(change, "→ overtaken", " by a later change", style="dim")
         else:
-            self._line(change, Text.assemble("→ seen in Convex after ", (f"{_ms(change):>5}", "bold"), " ms"))
+            self._line(change, "→ seen", " in Convex", f" after {_ms(change):>5} ms")
 
     def late(self, change: Change) -> None:
-        self._line(change, Text("→ not seen yet", "yellow"))
+        self._line(change, "→ not seen", "", " yet", style="yellow")
 
     def log(self, line: str) -> None:
         """A line of the worker's log (JSON): the same columns as a change's."""
@@ -117,11 +125,13 @@ class Screen:
         self._row("seen", f"{len(seen)} of {len(committed)} changes{_percentiles(times)}")
         if len(times) < len(seen):
             self._row("", f"{len(seen) - len(times)} of them overtaken by later ones, before anybody could see them")
-        documents = f"{comparison.activities} activities and {_many(comparison.statuses, 'status', 'statuses')}"
-        users = _many(comparison.users, "user")
-        self._row("compared", f"{documents}: what the rows give, read by the demo's own SQL,")
-        self._row("", f"with what the public queries show of {users}, past ones too, and with the")
-        self._row("", "keys of all four mirrors; the worker was not asked")
+        self._row(
+            "compared",
+            f"{comparison.activities} activities and {_many(comparison.statuses, 'status', 'statuses')}: what the rows"
+            " give, read by the demo's own SQL, with what the public queries show of"
+            f" {_many(comparison.users, 'user')} (past ones too) and the keys of all four mirrors; the worker was not"
+            " asked",
+        )
         if comparison.by_key_only:
             self._row("", f"{comparison.by_key_only} by key only: the query shows a user's newest 100", "yellow")
         lines, warnings = _count_lines(log)
@@ -131,7 +141,7 @@ class Screen:
             self._print(Text.assemble(("✓ equal", "bold green"), ": every row and every status"))
             return
         for change in unseen[:_MOST_DIFFERENCES]:
-            self._line(change, Text("→ never seen", "red"))
+            self._line(change, "→ never seen", "", style="red")
         for difference in comparison.differences[:_MOST_DIFFERENCES]:
             self._print(Text(f"  {difference}", "red"))
         if len(comparison.differences) > _MOST_DIFFERENCES:
@@ -144,23 +154,27 @@ class Screen:
             self.log(line)
 
     def _row(self, name: str, text: str, style: str = "") -> None:
-        self._print(Text.assemble("  ", (name.ljust(10), "dim"), (text, style)))
+        for line in textwrap.wrap(text, self._width - 12):
+            self._print(Text.assemble("  ", (name.ljust(10), "dim"), (line, style)))
+            name = ""
 
-    def _line(self, change: Change, outcome: Text) -> None:
+    def _line(self, change: Change, outcome: str, spare: str, rest: str = "", *, style: str = "") -> None:
+        """`spare` stands between the two where there is room."""
+        wide = self._width >= _WIDE
         at = "" if change.committed_at is None else f"{change.committed_at:%H:%M:%S}"
         key = f"{change.key[:4]}…{change.key[-2:]}" if change.key else ""
+        left = Text.assemble((at.ljust(10), "dim"), (change.table.ljust(14), _style(change)))
+        if wide:
+            left.append(key.ljust(9), "dim")
+        right = Text(f"  {outcome}{spare if wide else ''}{rest}", style)
+        # The longest of the outcomes.
+        room = self._width - left.cell_len - (33 if wide else 23)
         text = Text(change.text)
         if self._console.is_terminal:
-            text.truncate(max(16, self._console.width - _LEFT - 2 - _RIGHT), overflow="ellipsis", pad=True)
+            text.truncate(room, overflow="ellipsis", pad=True)
         else:
-            text.align("left", 36)
-        style = _LEVELS.get(change.level) or _STYLES.get(change.table, "")
-        self._print(
-            Text.assemble(
-                *((at, "dim"), "  ", (change.table.ljust(12), style), "  ", (key.ljust(7), "dim"), "  "),
-                *(text, "  ", outcome),
-            )
-        )
+            text.pad_right(max(0, room - text.cell_len))
+        self._print(Text.assemble(left, text, right))
 
     def _print(self, text: Text | str = "") -> None:
         # Never broken into lines of its own: a URL stays whole, and a terminal wraps by itself.
@@ -175,6 +189,10 @@ class _Quiet:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         pass
+
+
+def _style(change: Change) -> str:
+    return _LEVELS.get(change.level) or _STYLES.get(change.table, "")
 
 
 def _ms(change: Change) -> str:

@@ -7,7 +7,7 @@ import { type Authenticate, type ClientMessage, ProtocolError, parseClientMessag
 import { WatchedQueries } from "./sync_queries.js";
 import { type Printable, printJson, printValue } from "./value_json.js";
 
-// A busy writer commits many times in a row; those who watch are told of the lot.
+// A busy writer commits many times in a row: those who watch are told of the first at once, and then of the lot.
 const COALESCE_MS = 10;
 const REMEMBERED_MUTATIONS = 10_000;
 
@@ -55,6 +55,8 @@ export class SyncSession {
   #mustTell = false;
   #work: Promise<void> = Promise.resolve();
   #timer: NodeJS.Timeout | null = null;
+  // When the session was last told of a commit, by performance.now().
+  #toldOfCommit = 0;
   #isOver = false;
 
   constructor(backend: Backend, settings: Settings, mutations: RememberedMutations, connection: Connection) {
@@ -63,7 +65,8 @@ export class SyncSession {
     this.#mutations = mutations;
     this.#connection = connection;
     this.#stopListening = backend.onCommit((commit) => {
-      if (this.#queries.invalidate(commit)) this.#timer ??= setTimeout(() => this.#afterCommit(), COALESCE_MS);
+      if (!this.#queries.invalidate(commit)) return;
+      this.#timer ??= setTimeout(() => this.#afterCommit(), this.#toldOfCommit + COALESCE_MS - performance.now());
     });
   }
 
@@ -82,6 +85,7 @@ export class SyncSession {
 
   #afterCommit(): void {
     this.#timer = null;
+    this.#toldOfCommit = performance.now();
     this.#enqueue(() => this.#tell());
   }
 
