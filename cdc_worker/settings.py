@@ -29,11 +29,19 @@ def _http_url(value: str) -> str:
     return value.rstrip("/")  # a trailing slash would give 404
 
 
+def _header(value: SecretStr) -> SecretStr:
+    key = value.get_secret_value().strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("has a character that no HTTP header can hold: copy it anew from the dashboard")
+    return SecretStr(key)
+
+
 def _upper(value: Any) -> Any:
     return value.upper() if isinstance(value, str) else value
 
 
 Dsn = Annotated[SecretStr, AfterValidator(_conninfo)]
+DeployKey = Annotated[SecretStr, AfterValidator(_header)]
 Url = Annotated[str, AfterValidator(_http_url)]
 
 
@@ -45,7 +53,7 @@ class ConvexSettings(BaseSettings):
     convex_url: Annotated[Url | None, Field(validation_alias=AliasChoices("CONVEX_URL", "NEXT_PUBLIC_CONVEX_URL"))] = (
         None
     )
-    convex_deploy_key: SecretStr | None = None
+    convex_deploy_key: DeployKey | None = None
     # The whole of one exchange with Convex, which itself gives up after 300 s.
     convex_timeout_seconds: Annotated[float, Field(validation_alias="CDC_CONVEX_TIMEOUT_SECONDS", ge=0.1, le=300)] = (
         15.0

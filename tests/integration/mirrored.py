@@ -1,0 +1,65 @@
+"""What Convex holds, read with the official client and nothing of the worker's."""
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from convex.http_client import ConvexHttpClient
+
+from dev import local_convex as convex
+from dev.postgres import free_port
+
+T = TypeVar("T")
+SECONDS = 10.0
+
+
+class Mirrored:
+    """The documents of a deployment, without Convex' own bookkeeping."""
+
+    def __init__(self, url: str, admin_key: str) -> None:
+        self._client = ConvexHttpClient(url)
+        self._client.set_admin_auth(admin_key)
+
+    def status(self, user: str) -> dict[str, Any] | None:
+        found = self._client.query("alerts:getUserStatus", {"userId": user})
+        return None if found is None else _content(found)
+
+    def activities(self, user: str) -> list[dict[str, Any]]:
+        """The newest hundred, newest first."""
+        found = self._client.query("activities:getRecentActivities", {"userId": user, "limit": 100})
+        return [_content(each) for each in found]
+
+    def descriptions(self, user: str) -> list[str]:
+        return sorted(each["description"] for each in self.activities(user))
+
+    def keys(self, mirror: str, target: str = "activity") -> list[str]:
+        args = {"mirror": mirror, "target": target, "after": None, "limit": 1000}
+        found = self._client.query("cdc:keys", args)
+        assert isinstance(found, list)
+        return found
+
+
+def _content(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in document.items() if not name.startswith("_")}
+
+
+async def eventually(look: Callable[[], T], expected: T, *, seconds: float = SECONDS) -> None:
+    """Looks, in a thread, until that is what it sees."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while (seen := await asyncio.to_thread(look)) != expected:
+        assert asyncio.get_running_loop().time() < deadline, f"saw {seen!r} at last, expected {expected!r}"
+        await asyncio.sleep(0.01)
+
+
+@contextmanager
+def convex_at(
+    port: int, *, functions: Path = convex.ROOT / "convex", admin_key: str = "local-convex|00aa"
+) -> Iterator[convex.LocalConvex]:
+    """A local Convex that comes back at the same address with the same key, and has forgotten everything."""
+    with convex.start(functions=functions, port=port, arguments=("--admin-key", admin_key)) as running:
+        yield running
+
+
+__all__ = ["SECONDS", "Mirrored", "convex_at", "eventually", "free_port"]

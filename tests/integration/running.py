@@ -1,0 +1,162 @@
+"""A worker at work: in this process, so that a test may reach into it, or in one of its own, as in production."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import structlog
+from structlog.typing import EventDict, WrappedLogger
+
+from cdc_worker.mirrors import Mirror
+from cdc_worker.settings import Settings, load_settings
+from cdc_worker.worker import Worker
+from dev.local_convex import LocalConvex
+from dev.processes import Process
+from tests.integration.application import toml
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 10.0
+
+# Short where a test would have to wait for it.
+QUICK: Mapping[str, Any] = {
+    "CDC_POLL_SECONDS": 0.05,
+    "CDC_BACKOFF_SECONDS": 0.2,
+    "CDC_LEASE_SECONDS": 3,
+    "CDC_CONVEX_TIMEOUT_SECONDS": 2,
+    "CDC_STATEMENT_SECONDS": 5,
+    "CDC_DRAIN_SECONDS": 1,
+    "CDC_HEARTBEAT_SECONDS": 1,
+}
+
+
+def quick_settings(dsn: str, convex: LocalConvex | None, **given: Any) -> Settings:
+    where = {} if convex is None else {"CONVEX_URL": convex.url, "convex_deploy_key": convex.admin_key}
+    return load_settings(Settings, **{"database_url": dsn, **where, **QUICK, **given})
+
+
+class Log:
+    """The lines of a worker, as fields, in order."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line["event"] == event]
+
+    @property
+    def events(self) -> list[str]:
+        return [line["event"] for line in self.lines]
+
+
+class Running:
+    """A worker in this process."""
+
+    def __init__(self, worker: Worker, log: Log) -> None:
+        self.worker = worker
+        self.log = log
+        self.task = asyncio.create_task(worker.run())
+
+    async def said(self, event: str, *, times: int = 1, seconds: float = SECONDS) -> dict[str, Any]:
+        """Waits for the `times`-th line of that name."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while len(found := self.log.of(event)) < times:
+            assert not self.task.done(), f"the worker ended, and never said {event}: {self.log.events}"
+            assert asyncio.get_running_loop().time() < deadline, f"never said {event}: {self.log.lines}"
+            await asyncio.sleep(0.005)
+        return found[times - 1]
+
+    async def stop(self) -> None:
+        """In order. Fails if anything else ended the worker, or if it does not end."""
+        self.worker.stop()
+        await asyncio.wait({self.task}, timeout=SECONDS)
+        assert self.task.done(), f"the worker does not stop: {self.log.lines[-3:]}"
+        if (died := self.died_of()) is not None:
+            raise AssertionError(f"the worker died of {died}")
+
+    def died_of(self) -> str | None:
+        """In words: the trace of a RecursionError is more than pytest can print."""
+        if not self.task.done() or self.task.cancelled() or self.task.exception() is None:
+            return None
+        error = self.task.exception()
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        return repr(error)
+
+
+@asynccontextmanager
+async def worker_at_work(settings: Settings, mirrors: Sequence[Mirror]) -> AsyncIterator[Running]:
+    """A worker until the block is left; there it is stopped in order, and whatever it died of is raised."""
+    log = Log()
+
+    def note(_logger: WrappedLogger, level: str, event_dict: EventDict) -> EventDict:
+        log.lines.append({**event_dict, "level": level})
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[note], wrapper_class=structlog.BoundLogger, cache_logger_on_first_use=False)
+    running = Running(Worker(settings, mirrors), log)
+    try:
+        yield running
+    except BaseException:
+        running.worker.stop()
+        await asyncio.wait({running.task}, timeout=SECONDS)
+        if (died := running.died_of()) is not None:
+            raise AssertionError(f"the worker died of {died}") from None
+        raise
+    else:
+        await running.stop()
+    finally:
+        structlog.reset_defaults()
+
+
+class Child:
+    """`python -m cdc_worker` in a process of its own."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """All whole lines so far; each must be JSON."""
+        whole = self.process.stderr.read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def said(self, event: str, *, times: int = 1, seconds: float = SECONDS) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
+        while True:
+            ended = self.process.returncode is not None
+            found = [line for line in self.lines if line["event"] == event]
+            if len(found) >= times:
+                return found[times - 1]
+            assert not ended, f"it ended with {self.process.returncode}, and never said {event}:\n{self.process.tail()}"
+            assert time.monotonic() < deadline, f"it never said {event}:\n{self.process.tail()}"
+            time.sleep(0.01)
+
+    def term(self) -> None:
+        self.process.signal(signal.SIGTERM)
+
+
+def environment(dsn: str, convex: LocalConvex | None, config: Path, **given: Any) -> dict[str, str]:
+    """The environment of a worker that knows nothing of this machine but its PATH."""
+    where = {} if convex is None else {"CONVEX_URL": convex.url, "CONVEX_DEPLOY_KEY": convex.admin_key}
+    settings = {**QUICK, **where, "DATABASE_URL": dsn, "CDC_CONFIG": config, "LOG_FORMAT": "json", **given}
+    return {"PATH": os.environ["PATH"], **{name: str(value) for name, value in settings.items()}}
+
+
+@contextmanager
+def child(
+    folder: Path, env: Mapping[str, str], *words: str, mirrors: Sequence[Mirror] | None = None, name: str = "worker"
+) -> Iterator[Child]:
+    """A command of the worker's, `run` by default. Killed on leaving, if it still runs."""
+    if mirrors is not None:
+        Path(env["CDC_CONFIG"]).write_text(toml(mirrors))
+    argv = [sys.executable, "-m", "cdc_worker", *(words or ("run",))]
+    stdout, stderr = (folder / f"{name}.{stream}" for stream in ("out", "err"))
+    with Process(argv, stdout=stdout, stderr=stderr, env=env, cwd=ROOT, ladder=((signal.SIGTERM, 5.0),)) as process:
+        yield Child(process)

@@ -1,0 +1,115 @@
+"""`backfill` and `parked`, as a person calls them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dev.local_convex import LocalConvex
+from tests.integration.application import CHECK_INS, MIRRORS, TABLES, Database, toml
+from tests.integration.mirrored import Mirrored, eventually
+from tests.integration.running import ROOT, environment, quick_settings, worker_at_work
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def db(database: str) -> Iterator[Database]:
+    with Database(database, TABLES, MIRRORS) as made:
+        yield made
+
+
+@pytest.fixture
+def command(db: Database, tmp_path: Path) -> Command:
+    config = tmp_path / "cdc_worker.toml"
+    config.write_text(toml(MIRRORS))
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "cdc_worker", *words],
+            env=environment(db.dsn, None, config),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+
+    return run
+
+
+def line(done: subprocess.CompletedProcess[str], event: str) -> list[dict[str, object]]:
+    lines = [json.loads(text) for text in done.stderr.splitlines()]
+    return [each for each in lines if each["event"] == event]
+
+
+@pytest.mark.one_postgres
+def test_backfill_marks_every_row_once_and_goes_on_where_it_was(db: Database, command: Command) -> None:
+    db.execute(
+        """insert into "CheckIn" select 'c' || n, 'u1', null, null, now() from generate_series(1, 2500) as n;
+        insert into "User" values ('u1', 'Ada'), ('u2', null);
+        delete from cdc.outbox; update cdc.backfill set phase = 'done'"""
+    )
+    done = command("backfill")
+    assert done.returncode == 0, done.stderr
+    assert [each["keys"] for each in line(done, "backfill.done")] == [2500, 2]
+    captured = db.captured_by_mirror()
+    assert len(captured) == len(set(captured)) == 2502
+
+    # As an interrupted one leaves it: some keys marked, more to come.
+    last = db.one("""select id from "CheckIn" order by id offset 1999 limit 1""")
+    db.execute(
+        "update cdc.backfill set phase = 'rows', after = %s, marked = 2000"
+        " where mirror = (select id from cdc.mirror where name = 'check-ins')",
+        last,
+    )
+    done = command("backfill", "check-ins")
+    assert [each["keys"] for each in line(done, "backfill.done")] == [2500]
+    assert line(done, "backfill.started")[0]["resumed"] is True
+    assert len(db.captured()) == 500
+
+
+@pytest.mark.one_postgres
+def test_backfill_of_what_there_is_not_is_refused(command: Command) -> None:
+    done = command("backfill", "nope")
+    assert done.returncode == 2
+    assert 'there is no mirror "nope" (there are: check-ins, status)' in done.stderr
+
+
+@pytest.mark.one_postgres
+async def test_parked_keys_are_listed_retried_and_dropped(
+    db: Database, command: Command, fresh_convex: LocalConvex
+) -> None:
+    broken = CHECK_INS.model_copy(
+        update={
+            "query": CHECK_INS.query.replace("coalesce(note,", "coalesce(nullif(note, '0'),").replace(
+                "'Checked in')", "(1 / length(note))::text)"
+            )
+        }
+    )
+    db.migrate([broken])
+    db.execute("""insert into "CheckIn" values ('good', 'u1', 'fine', null, now()), ('bad', 'u1', '', null, now())""")
+    mirrored = Mirrored(fresh_convex.url, fresh_convex.admin_key)
+    db.execute("""update "CheckIn" set note = null where id = 'bad'""")
+    async with worker_at_work(quick_settings(db.dsn, fresh_convex), [broken]) as running:
+        await eventually(lambda: mirrored.keys("check-ins"), ["good"])
+        await running.said("key.parked")
+
+        listed = command("parked", "list")
+        assert "check-ins" in listed.stdout
+        assert "bad" in listed.stdout
+        assert "description is null" in listed.stdout
+        assert "fine" not in listed.stdout
+        assert "Nothing is parked." in command("parked", "list", "--mirror", "status").stdout
+
+        retried = command("parked", "retry", "bad")
+        assert line(retried, "parked.marked")[0]["keys"] == 1
+        await running.said("key.parked", times=2)
+        assert "2" in command("parked", "list").stdout
+
+        assert command("parked", "drop").returncode != 0, "all of them, and nobody to ask"
+        assert line(command("parked", "drop", "--yes"), "parked.dropped")[0]["keys"] == 1
+        assert "Nothing is parked." in command("parked", "list").stdout
