@@ -24,6 +24,7 @@ from cdc_worker.errors import CdcError, ConfigError, SchemaError
 from cdc_worker.logs import configure_logs
 from cdc_worker.migrate import migrate as bring_up_to_date
 from cdc_worker.mirrors import Mirror, load_mirrors
+from cdc_worker.outbox import ring
 from cdc_worker.settings import Settings, load_settings
 from cdc_worker.worker import Worker
 
@@ -100,6 +101,8 @@ def backfill(
 ) -> None:
     """Mark every row that exists as changed, so that the worker delivers it again.
 
+    Then the worker looks at every document in Convex as well, so that what has no row any more goes.
+
     Goes page by page, in the order of the keys; when interrupted, the next call (or the worker) goes on where
     it was. A new mirror, a changed query and an empty deployment are noticed by themselves and need no backfill.
     """
@@ -133,7 +136,7 @@ async def _backfill_one(database: Database, mirror_id: int, plan: Plan, progress
     phase, marked = await rescans.state(database, mirror_id)
     resumed = phase == "rows"
     if not resumed:
-        await rescans.request(database, mirror_id, with_documents=False, reason="backfill command")
+        await rescans.request(database, mirror_id, with_documents=True, reason="backfill command")
         marked = 0
     name = plan.mirror.name
     log.info("backfill.started", mirror=name, resumed=resumed, already_marked=marked)
@@ -144,6 +147,7 @@ async def _backfill_one(database: Database, mirror_id: int, plan: Plan, progress
         if step is None:
             await asyncio.sleep(0.2)  # the worker is at this very page
             continue
+        await ring(database)
         marked = step.total_marked
         progress.update(bar, completed=marked)
     progress.update(bar, completed=marked, total=max(marked, 1))

@@ -7,6 +7,7 @@ nothing but the statement's own rows. What it may never do is fail or stall the 
   query that reads no row, inside a block of its own: a subtransaction that writes nothing takes no transaction id.
   (A block around the insert itself would take one for each statement, and 64 of those in one transaction slow
   down every reader of the database.)
+- A transaction that has notified cannot be prepared (two-phase commit): where that is allowed at all, nobody rings.
 - The doorbell never waits: `try` on a shared advisory lock, and NOTIFY only while the worker sleeps (listener.py).
 """
 
@@ -45,7 +46,8 @@ def function_body(feeds: Iterable[Feed]) -> str:
     """The plpgsql body for a table that feeds these mirrors."""
     feeds = tuple(feeds)
     mirrors = sql.SQL(", ").join(
-        sql.SQL("(here, {})").format(sql.Literal(mirror)) for mirror in dict.fromkeys(feed.mirror_id for feed in feeds)
+        sql.SQL("(capture.here, {})").format(sql.Literal(mirror))
+        for mirror in dict.fromkeys(feed.mirror_id for feed in feeds)
     )
     return (
         sql.SQL(_BODY)
@@ -100,6 +102,7 @@ def create_trigger(function: str, schema: str, table: str, event: str) -> sql.Co
 # of a million. `*<>` compares images, so that no column needs an equality operator (json has none).
 _BODY = """
 #variable_conflict use_column
+<<capture>>
 declare
     here constant smallint := coalesce(pg_sequence_last_value('cdc.slot'::regclass), 0);
 begin
@@ -112,7 +115,7 @@ begin
         end case;
     exception when others then
         insert into cdc.outbox (slot, mirror) values {mirrors};
-        if not pg_try_advisory_xact_lock_shared({gate}) then
+        if not pg_try_advisory_xact_lock_shared({gate}) and current_setting('max_prepared_transactions') = '0' then
             perform pg_notify({channel}, '');
         end if;
         return null;
@@ -126,14 +129,15 @@ begin
             {deleted};
         else
             insert into cdc.outbox (slot, mirror, key)
-            select here, candidate.mirror, candidate.key
+            select capture.here, candidate.mirror, candidate.key
             from {old_rows} as o
             full join {new_rows} as n on o.place = n.place
             cross join lateral (values
             {candidates}) as candidate (mirror, key, changed)
             where candidate.key is not null and candidate.changed is not false;
     end case;
-    if found and not pg_try_advisory_xact_lock_shared({gate}) then
+    if found and not pg_try_advisory_xact_lock_shared({gate})
+            and current_setting('max_prepared_transactions') = '0' then
         perform pg_notify({channel}, '');
     end if;
     return null;
@@ -162,7 +166,7 @@ def _key(source: Source, rows: str) -> sql.Composed:
 
 def _keys(feeds: Iterable[Feed], rows: str) -> sql.Composed:
     selects = [
-        sql.SQL("select here, {}, {} from {} where {}").format(
+        sql.SQL("select capture.here, {}, {} from {} where {}").format(
             sql.Literal(feed.mirror_id),
             _key(feed.source, rows),
             sql.SQL(rows),
@@ -182,7 +186,7 @@ def _numbered(feeds: Iterable[Feed], rows: str) -> sql.Composed:
         watched = (
             sql.SQL("row({})").format(sql.SQL(", ").join(_qualified(rows, (*feed.source.watch, *feed.source.key))))
             if feed.source.watch
-            else name
+            else sql.SQL("row({}.*)").format(name)
         )
         columns.append(sql.SQL(f"{{}} as key_{n}, {{}} as seen_{n}").format(_key(feed.source, rows), watched))
     return sql.SQL("(select row_number() over () as place, {} from {})").format(sql.SQL(", ").join(columns), name)

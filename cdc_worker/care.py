@@ -30,8 +30,8 @@ log = structlog.get_logger()
 # An idle worker looks so seldom, to cost next to nothing; one with a broken mirror looks for its mending.
 _SELDOM_SECONDS = 120.0
 _MENDING_SECONDS = 15.0
-# A mirror whose capture is broken asks for a rescan with each write; one begins in so many seconds at the most.
-_RESCAN_SECONDS = 10.0
+# A mirror whose capture is broken asks for a rescan with each write: one begins in so many seconds.
+_RESCAN_SECONDS = 1.0
 # The heartbeat counts no further: what is beyond is "many".
 _BACKLOG_COUNTED = 100_000
 
@@ -87,12 +87,19 @@ class Care:
                 if said != first_lines(error):
                     said = first_lines(error)
                     log.error("care.failed", cause=said, cure="tried again; the mirror itself goes on")
-            seconds = _MENDING_SECONDS if self._registry.broken else _SELDOM_SECONDS
-            self._soon.clear()
+            await self._rest()
+
+    async def _rest(self) -> None:
+        self._soon.clear()
+        for _ in range(round(_SELDOM_SECONDS / _MENDING_SECONDS)):
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
+                async with asyncio.timeout(_MENDING_SECONDS):
                     await self._soon.wait()
-                    await asyncio.sleep(min(_RESCAN_SECONDS, seconds / 2))
+            if self._soon.is_set():
+                return await asyncio.sleep(_RESCAN_SECONDS)
+            if self._registry.broken:
+                return None
+        return None
 
     async def _round(self, reader: Reader) -> None:
         await rotate(

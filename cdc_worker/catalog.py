@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import LiteralString
 
 import psycopg
-from psycopg import AsyncRawServerCursor, sql
+from psycopg import sql
 
-from cdc_worker.database import Connection, Database, fetch, first_lines
+from cdc_worker.database import Connection, Database, fetch, first_lines, is_gone
 from cdc_worker.errors import ConfigError
 from cdc_worker.mirrors import Mirror, Source
 
@@ -97,15 +97,17 @@ def _wrong(mirror: Mirror, what: str) -> ConfigError:
 
 
 async def _describe(connection: Connection, mirror: Mirror) -> dict[str, int]:
-    """The query's columns and their types. Nothing is run: a cursor is declared, and closed."""
+    """The query's columns and their types. No row is read."""
     statement = sql.SQL("select * from (\n{}\n) as q limit 0").format(sql.SQL(mirror.query))
     try:
-        async with connection.transaction(), AsyncRawServerCursor(connection, "cdc_describe") as cursor:
-            await cursor.execute(statement)
-            description = cursor.description or []
-    except psycopg.OperationalError:
-        raise
+        async with connection.transaction():
+            # Binary, for the protocol that takes one statement at a time.
+            description = (await connection.execute(statement, binary=True)).description or []
+    except psycopg.errors.ProtocolViolation:
+        raise _wrong(mirror, "its query fails: it has a parameter ($1), and there is nothing to give") from None
     except psycopg.Error as error:
+        if is_gone(error):
+            raise
         raise _wrong(mirror, f"its query fails: {first_lines(error)}") from None
     names = [column.name for column in description]
     doubled = {name for name in names if names.count(name) > 1}
@@ -117,9 +119,12 @@ async def _describe(connection: Connection, mirror: Mirror) -> dict[str, int]:
 async def find_table(connection: Connection, mirror: Mirror, source: Source) -> tuple[int, str, str]:
     """A source's table: oid, schema, name. Raises ConfigError if there is none, or if it is no table."""
     try:
-        found = await fetch(connection, _RELATION, source.table)
-    except psycopg.errors.InvalidName:
-        found = []
+        async with connection.transaction():
+            found = await fetch(connection, _RELATION, source.table)
+    except psycopg.Error as error:
+        if is_gone(error):
+            raise
+        found = []  # it is no table's name
     if not found:
         raise _wrong(
             mirror,

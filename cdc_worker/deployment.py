@@ -114,7 +114,7 @@ def _decode(status: int, text: bytes) -> Any:
         if answer.get("status") == "error":
             message = _first_line(answer.get("errorMessage"))
             if answer.get("errorData") is not None:
-                raise ConvexError(message, json_to_convex(answer["errorData"]))
+                raise ConvexError(message, _error_data(answer["errorData"]))
             raise FunctionFailed(message)
         raise Transient(f"HTTP {status} with an unknown status field")
     code = answer.get("code") if isinstance(answer, dict) else None
@@ -126,6 +126,13 @@ def _decode(status: int, text: bytes) -> Any:
     if status in {429, 503}:  # too many at once, or a conflict that Convex' own retries did not solve
         raise Overloaded(said)
     raise Transient(said)
+
+
+def _error_data(data: Any) -> Any:
+    try:
+        return json_to_convex(data)
+    except Exception:  # noqa: BLE001  # the codec raises whatever its parts raise
+        return None
 
 
 def _first_line(message: object) -> str:

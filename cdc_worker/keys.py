@@ -13,7 +13,10 @@ def split_key(key: str, width: int) -> tuple[str, ...]:
     """The parts of a key of `width` columns. Raises ValueError for a text that is no such key."""
     if width == 1:
         return (key,)
-    parts = json.loads(key)
+    try:
+        parts = json.loads(key)
+    except RecursionError:
+        raise ValueError("not a key") from None
     if not isinstance(parts, list) or len(parts) != width or not all(isinstance(part, str) for part in parts):
         raise ValueError(f"not a key of {width} parts")
     return tuple(parts)

@@ -33,7 +33,9 @@ class Lanes:
         self._waiting: OrderedDict[Key, Event] = OrderedDict()
         # Waiting readings whose key is in flight: out of the way of `take`, so that it never searches.
         self._behind: dict[Key, Event] = {}
-        self._in_flight: set[Key] = set()
+        # By key: the pages that the reading on its way acknowledges: its own, and those of readings it replaced.
+        self._in_flight: dict[Key, list[_OpenPage]] = {}
+        # The same, of the newest reading that is not on its way.
         self._owed: dict[Key, list[_OpenPage]] = {}
         self._bytes = 0
 
@@ -45,7 +47,7 @@ class Lanes:
     @property
     def keys(self) -> int:
         """Keys read and not yet acknowledged."""
-        return len(self._owed)
+        return len(self._waiting) + len(self._in_flight)
 
     @property
     def bytes(self) -> int:
@@ -83,7 +85,7 @@ class Lanes:
             if batch and size + len(event.text) > most_bytes:
                 break
             del self._waiting[key]
-            self._in_flight.add(key)
+            self._in_flight[key] = self._owed.pop(key)
             self._bytes -= len(event.text)
             size += len(event.text)
             batch.append(event)
@@ -93,14 +95,11 @@ class Lanes:
         """The outcome of these readings is known, and noted where it has to be."""
         for event in events:
             key = (event.mirror_id, event.key)
-            self._in_flight.remove(key)
+            for page in self._in_flight.pop(key):
+                page.left -= 1
             newer = self._behind.pop(key, None)
             if newer is not None:
-                # The pages of this key wait for the newer reading: only then is the key as Postgres has it.
                 self._waiting[key] = newer
-                continue
-            for page in self._owed.pop(key):
-                page.left -= 1
 
     def acknowledged(self) -> Position | None:
         """How far everything is acknowledged now, if that is further than at the last call."""

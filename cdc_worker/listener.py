@@ -8,15 +8,12 @@ keeps the worker from the gate as long as its transaction is open: then the work
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any, Self
-
-import psycopg
-import structlog
 
 from cdc_worker.capture import CHANNEL, GATE
 from cdc_worker.database import Connection, connect, cut_after, fetch_one
-
-log = structlog.get_logger()
+from cdc_worker.errors import CdcError
 
 # The self-test's NOTIFY comes back at once, or it never will (a pooler in between).
 _ECHO_SECONDS = 2.0
@@ -24,10 +21,14 @@ _ECHO_SECONDS = 2.0
 _DEADLINE_SECONDS = 5.0
 
 _LISTEN = f"listen {CHANNEL}"
-_ECHO = f"select pg_notify('{CHANNEL}', '')"
+_TWO_PHASE = "select current_setting('max_prepared_transactions') <> '0'"
 _SELF = "select pg_backend_pid()"
 _ARM = f"select pg_try_advisory_lock({GATE[0]}, {GATE[1]})"
 _DISARM = f"select pg_advisory_unlock({GATE[0]}, {GATE[1]})"
+
+
+class NoBell(CdcError):
+    """LISTEN does not work here. Reaction: poll, and say so once."""
 
 
 class Bell:
@@ -38,22 +39,27 @@ class Bell:
         self.pid = pid
 
     @classmethod
-    async def open(cls, dsn: str) -> Self | None:
-        """A bell that rings, or None where LISTEN does not work. Raises psycopg.OperationalError if there is
-        no database.
+    async def open(cls, dsn: str, ring: Callable[[], Awaitable[object]]) -> Self:
+        """A bell that rings when `ring` notifies from another connection.
+
+        Raises NoBell where LISTEN does not work, and psycopg.OperationalError if there is no database.
         """
         connection = await connect(dsn)
         try:
             with cut_after(connection, _DEADLINE_SECONDS + _ECHO_SECONDS):
+                (prepared,) = await fetch_one(connection, _TWO_PHASE)
+                if prepared:
+                    raise NoBell("max_prepared_transactions is not 0, and what has notified cannot be prepared")
                 await connection.execute(_LISTEN)
-                await connection.execute(_ECHO)
                 bell = cls(connection, (await fetch_one(connection, _SELF))[0])
-                if await bell._ring(_ECHO_SECONDS):
-                    return bell
-        except psycopg.Error as error:
-            log.debug("listen.refused", cause=type(error).__name__)
-        await connection.close()
-        return None
+                await ring()
+                # Only listening from here: a pooler would hand a notification to a statement, but never to a wait.
+                if not await bell._ring(_ECHO_SECONDS):
+                    raise NoBell("LISTEN gets no answer: a pooler in between?")
+        except BaseException:
+            await connection.close()
+            raise
+        return bell
 
     async def close(self) -> None:
         await self._connection.close()

@@ -19,8 +19,11 @@ def configure_logs(level: str, form: Literal["console", "json"] | None) -> None:
     console = form == "console" or (form is None and sys.stderr.isatty())
     # What the libraries have to say, we say ourselves, once: the pool alone writes a line for each failed attempt.
     logging.basicConfig(level=logging.CRITICAL)
+    logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # it sets a level of its own
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer(pad_event_to=24) if console else structlog.processors.JSONRenderer()
+        structlog.dev.ConsoleRenderer(pad_event_to=24, colors=sys.stderr.isatty())
+        if console
+        else structlog.processors.JSONRenderer()
     )
     structlog.configure(
         processors=[

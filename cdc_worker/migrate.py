@@ -23,12 +23,14 @@ from cdc_worker.mirrors import Mirror
 log = structlog.get_logger()
 T = TypeVar("T")
 
-# Serialises migrators against each other; held by a transaction, since a pooler may lend each one another session.
+# Serialises migrators against each other. A connection of its own holds it, in one transaction to the end: a pooler
+# may lend each transaction of the other connection another session.
 _LOCK = "select pg_advisory_xact_lock(hashtextextended('cdc_worker.migrate', 0))"
 # A trigger's DDL waits for the table's writers, and new writers wait behind it: never for longer than this.
 _TABLE_LOCK_TIMEOUT = "set local lock_timeout = '300ms'"
 _TABLE_TRIES = 100
 _STATEMENT_SECONDS = 60.0
+_LOCK_SECONDS = 600.0
 
 _WRITABLE = "select pg_is_in_recovery() or current_setting('transaction_read_only')::bool"
 _PREPARE = """
@@ -45,7 +47,8 @@ _NOTE = "insert into cdc.migration (number, name, checksum) values ($1, $2, $3)"
 _REGISTER = "insert into cdc.mirror (name, definition) values ($1, '') on conflict (name) do nothing"
 _REGISTERED = "select id, name, definition, configured from cdc.mirror"
 _CONFIGURE = "update cdc.mirror set definition = $2, configured = true where id = $1"
-_RETIRE = "update cdc.mirror set configured = false where id = $1 and configured returning name"
+# One that comes back later is new: what changed meanwhile was captured by nobody.
+_RETIRE = "update cdc.mirror set configured = false, definition = '' where id = $1 and configured returning name"
 RESCAN = """
 insert into cdc.backfill (mirror, phase, with_documents, reason) values ($1, 'rows', $2, $3)
 on conflict (mirror) do update set
@@ -58,7 +61,7 @@ on conflict (mirror) do update set
     reason = excluded.reason, requested_at = now(), finished_at = null
 """
 _CAPTURED = """
-select t.tgrelid, n.nspname, c.relname, t.tgname, p.proname
+select t.tgrelid, n.nspname, c.relname, t.tgname, case when t.tgenabled in ('A', 'O') then p.proname else '' end
 from pg_trigger t
 join pg_proc p on p.oid = t.tgfoid join pg_namespace pn on pn.oid = p.pronamespace
 join pg_class c on c.oid = t.tgrelid join pg_namespace n on n.oid = c.relnamespace
@@ -105,14 +108,16 @@ async def migrate(dsn: str, mirrors: Sequence[Mirror]) -> None:
     Raises ConfigError, before anything is changed, if a mirror does not fit the database, and SchemaError if
     the database cannot be migrated (a standby, a changed migration, no right to create).
     """
-    connection = await connect(dsn)
-    async with connection:
+    async with await connect(dsn) as connection, await connect(dsn) as guard:
         await _transaction(connection, lambda: _check_all(connection, mirrors))
+        await begin(guard, "read only", statement_seconds=_LOCK_SECONDS)
+        await guard.execute(f"set local lock_timeout = {int(_LOCK_SECONDS * 1000)}")
+        await guard.execute(_LOCK)
         try:
             await _transaction(connection, lambda: _apply(connection))
             ids = await _transaction(connection, lambda: _register(connection, mirrors))
-            await _bring_triggers(connection, mirrors, ids)
-            await _transaction(connection, lambda: _finish(connection, mirrors))
+            uncaptured = await _bring_triggers(connection, mirrors, ids)
+            await _transaction(connection, lambda: _finish(connection, mirrors, uncaptured))
         except psycopg.errors.InsufficientPrivilege as error:
             raise SchemaError(
                 f"{first_lines(error)}: the role in DATABASE_URL must be allowed to create a schema in this database,"
@@ -146,8 +151,6 @@ async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
 
 
 async def _apply(connection: Connection) -> None:
-    await connection.execute("set local lock_timeout = '60s'")
-    await connection.execute(_LOCK)
     await connection.execute(_PREPARE)
     applied = {number: checksum for number, _, checksum in await fetch(connection, _APPLIED)}
     known = load_migrations()
@@ -168,14 +171,17 @@ async def _apply(connection: Connection) -> None:
 
 
 async def _register(connection: Connection, mirrors: Sequence[Mirror]) -> dict[str, int]:
-    await connection.execute(_LOCK)
     for mirror in mirrors:
         await connection.execute(_REGISTER, (mirror.name,))
     return {name: number for number, name, _, _ in await fetch(connection, _REGISTERED)}
 
 
-async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids: dict[str, int]) -> None:
-    """Table by table, each in a transaction of its own, so that no table is locked while another is waited for."""
+async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids: dict[str, int]) -> set[int]:
+    """Table by table, each in a transaction of its own, so that no table is locked while another is waited for.
+
+    Returns the mirrors whose tables had none, or not all: until now their changes were captured by nobody.
+    """
+    uncaptured: set[int] = set()
     wanted = await _wanted(connection, mirrors, ids)
     functions: dict[str, str] = dict(await fetch(connection, _FUNCTIONS))
     bodies: dict[str, str] = {}
@@ -191,12 +197,11 @@ async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids
         if functions.get(name) != body:
 
             async def replace(name: str = name, body: str = body) -> None:
-                await connection.execute(_LOCK)
                 await connection.execute(create_function(name, body))
 
             await _transaction(connection, replace)
             log.info("capture.function", function=name)
-    for oid, (schema, table, name, _) in wanted.items():
+    for oid, (schema, table, name, feeds) in wanted.items():
         have = existing.get(oid, {})
         missing = [event for event in EVENTS if have.get(trigger_name(event)) != name]
         if missing:
@@ -206,6 +211,7 @@ async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids
                 *(create_trigger(name, schema, table, event) for event in missing),
             ]
             await _change_table(connection, f"{schema}.{table}", statements)
+            uncaptured |= {feed.mirror_id for feed in feeds}
             log.info("capture.installed", table=f"{schema}.{table}")
     for oid, have in existing.items():
         if oid not in wanted:
@@ -214,6 +220,7 @@ async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids
     for name in functions:
         if name not in bodies:
             await connection.execute(sql.SQL("drop function if exists cdc.{}()").format(sql.Identifier(name)))
+    return uncaptured
 
 
 async def _wanted(
@@ -240,7 +247,6 @@ def _drops(schema: str, table: str, triggers: Sequence[str] | dict[str, str]) ->
 
 async def _change_table(connection: Connection, table: str, statements: Sequence[sql.Composed]) -> None:
     async def change() -> None:
-        await connection.execute(_LOCK)
         await connection.execute(_TABLE_LOCK_TIMEOUT)
         for statement in statements:
             await connection.execute(statement)
@@ -248,6 +254,10 @@ async def _change_table(connection: Connection, table: str, statements: Sequence
     for attempt in range(1, _TABLE_TRIES + 1):
         try:
             return await _transaction(connection, change)
+        except psycopg.errors.DuplicateObject as error:
+            raise SchemaError(
+                f"{first_lines(error)}: the worker needs that name for its own trigger; rename yours"
+            ) from None
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
             if attempt % 10 == 1:
                 log.info("capture.waiting_for_table", table=table, attempt=attempt)
@@ -255,15 +265,20 @@ async def _change_table(connection: Connection, table: str, statements: Sequence
     raise SchemaError(f"table {table} was busy for too long (a long transaction?): run migrate again")
 
 
-async def _finish(connection: Connection, mirrors: Sequence[Mirror]) -> None:
+async def _finish(connection: Connection, mirrors: Sequence[Mirror], uncaptured: set[int]) -> None:
     """Last, with all triggers in place: from here on a rescan misses nothing."""
-    await connection.execute(_LOCK)
     registered = {name: (number, definition) for number, name, definition, _ in await fetch(connection, _REGISTERED)}
     for mirror in mirrors:
         number, definition = registered.pop(mirror.name)
         await connection.execute(_CONFIGURE, (number, mirror.definition))
-        if definition != mirror.definition:
-            reason = "new mirror" if definition == "" else "definition changed"
+        if definition != mirror.definition or number in uncaptured:
+            reason = (
+                "new mirror"
+                if definition == ""
+                else "definition changed"
+                if definition != mirror.definition
+                else "a source had no triggers"
+            )
             await connection.execute(RESCAN, (number, True, reason))
             log.info("backfill.requested", mirror=mirror.name, reason=reason)
     for number, _ in registered.values():

@@ -49,10 +49,15 @@ class Mirror(_Frozen):
     @field_validator("query")
     @classmethod
     def _one_query(cls, query: str) -> str:
-        return query.strip().rstrip(";").rstrip()
+        stripped = query.strip().rstrip(";").rstrip()
+        if not stripped:
+            raise ValueError("is empty: give a select")
+        return stripped
 
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
+        if len(set(self.key)) < len(self.key):
+            raise ValueError("key names a column twice")
         for source in self.sources:
             if len(source.key) != len(self.key):
                 raise ValueError(
@@ -64,8 +69,9 @@ class Mirror(_Frozen):
 
     @property
     def definition(self) -> str:
-        """A digest of all that the documents depend on. Another digest means other documents from the same rows."""
-        text = "\x00".join((self.target, *self.key, self.query))
+        """A digest of all that the documents depend on, and when. Another digest means a rescan."""
+        sources = [f"{source.table} {source.key} {source.watch}" for source in self.sources]
+        text = "\x00".join((self.target, *self.key, self.query, *sources))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -92,12 +98,19 @@ def load_mirrors(path: Path) -> tuple[Mirror, ...]:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not TOML that anybody wrote: it is nested too deep") from None
     try:
         return _File.model_validate(raw).mirror
     except ValidationError as error:
+        problems = error.errors(include_url=False)
+        # Where single mirrors are wrong, the list of them is called too short as well: that helps nobody.
+        inner = [problem for problem in problems if len(problem["loc"]) > 1] or problems
         lines = [
-            f"{path}: {_place(problem['loc'], raw)}{problem['msg'].removeprefix('Value error, ')}"
-            for problem in error.errors(include_url=False)
+            f"{path}: there is no [[mirror]] in it"
+            if problem["loc"] == ("mirror",) and problem["type"] in {"missing", "too_short"}
+            else f"{path}: {_place(problem['loc'], raw)}{problem['msg'].removeprefix('Value error, ')}"
+            for problem in inner
         ]
         raise ConfigError("\n".join(lines)) from None
 

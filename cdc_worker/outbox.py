@@ -8,6 +8,7 @@ window larger than a page is read page by page with its end fixed; then the next
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cdc_worker.capture import CHANNEL
 from cdc_worker.database import Connection, Database, fetch, fetch_one
 
 
@@ -77,8 +78,9 @@ select pg_current_snapshot()::text,
 _BACKLOG = """
 select count(*) from (
     select from cdc.outbox where xid >= pg_snapshot_xmax($1::pg_snapshot) and (xid, id) > ($2::text::xid8, $3::int8)
-    limit $4) as some
+    limit $4) as counted
 """
+_RING = "select pg_notify($1, '')"
 MARK = """
 insert into cdc.outbox (slot, mirror, key)
 select coalesce(pg_sequence_last_value('cdc.slot'::regclass), 0), $1, unnest($2::text[])
@@ -109,6 +111,11 @@ async def read_page(connection: Connection, position: Position, limit: int) -> P
     age = max((seconds for *_, seconds in found), default=0.0)
     page = Page(position.snapshot, rows, Position(end), age)
     return page.cut(limit) if len(rows) == limit else page
+
+
+async def ring(database: Database) -> None:
+    """Wakes whoever listens: for what is marked by another process than the worker, and for the bell's self-test."""
+    await database.execute(_RING, CHANNEL)
 
 
 async def mark(connection: Connection, mirror_id: int, keys: Sequence[str]) -> None:

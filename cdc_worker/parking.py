@@ -8,6 +8,7 @@ import structlog
 
 from cdc_worker.database import Database
 from cdc_worker.documents import Problem
+from cdc_worker.outbox import ring
 
 log = structlog.get_logger()
 
@@ -105,7 +106,9 @@ async def list_parked(database: Database, mirror: str | None, limit: int) -> lis
 
 async def retry_parked(database: Database, mirror: str | None, key: str | None) -> int:
     """Marks parked keys dirty: they are read and delivered anew, and settled if that goes well. How many they are."""
-    return len(await database.execute(_MARK_AGAIN, mirror, key))
+    marked = await database.execute(_MARK_AGAIN, mirror, key)
+    await ring(database)
+    return len(marked)
 
 
 async def drop_parked(database: Database, mirror: str | None, key: str | None) -> int:

@@ -67,10 +67,9 @@ def parse(text: str) -> Any:
     infinity or NaN.
     """
     try:
-        raw = _DECODER.decode(text)
+        return _safe(_DECODER.decode(text), DEEPEST)
     except RecursionError:
-        return _JSON + _text(text)
-    return _safe(raw, DEEPEST)
+        return _JSON + _text(text)  # deeper than Python reads, or writes: as a whole
 
 
 def restore(value: Any) -> str:

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from cdc_worker.deployment import Deployment
 from cdc_worker.documents import Event, Problem
-from cdc_worker.errors import Fenced, FunctionFailed, Misconfigured, Overloaded
+from cdc_worker.errors import Fenced, FunctionFailed, Misconfigured, Overloaded, Transient
 from cdc_worker.lanes import Lanes
 from cdc_worker.outage import Outage
 from cdc_worker.pace import Pace
@@ -129,9 +129,23 @@ class Sender:
         started = time.monotonic()
         full = len(events) >= self._pace.keys
         number = self._pace.sent()
+        # An attempt whose outcome is unknown may still be carried out.
+        unknown = False
+
+        async def attempt() -> _Applied | _FencedAnswer:
+            nonlocal unknown
+            try:
+                return await self._apply_or_probe(events, number)
+            except Transient as error:
+                unknown = unknown or not isinstance(error, Overloaded)
+                raise
+
         try:
-            answer = await self._outage.insist(lambda: self._apply_or_probe(events, number))
+            answer = await self._outage.insist(attempt)
         except FunctionFailed as failure:
+            if unknown:
+                # These keys would get new numbers, and the ghost could come after them: a new epoch shuts it out.
+                raise Fenced("a batch was refused after an attempt whose outcome is unknown") from None
             await self._bisect(events, str(failure))
             return
         self._pace.good(full=full, took_seconds=time.monotonic() - started)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import psycopg
 import structlog
@@ -14,12 +14,12 @@ from cdc_worker.database import GONE, Database
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import SchemaError
 from cdc_worker.lanes import Lanes
-from cdc_worker.listener import Bell
+from cdc_worker.listener import Bell, NoBell
 from cdc_worker.liveness import Liveness
 from cdc_worker.mirrors import Mirror
 from cdc_worker.opening import Opened, open_shard
 from cdc_worker.outage import Outage
-from cdc_worker.outbox import Position
+from cdc_worker.outbox import Position, ring
 from cdc_worker.pace import Pace
 from cdc_worker.parking import Parking
 from cdc_worker.reader import Reader
@@ -53,7 +53,9 @@ class Session:
         holder: str,
         tally: Tally,
         liveness: Liveness,
+        on_open: Callable[[], None],
     ) -> None:
+        self._on_open = on_open
         self._settings = settings
         self._database = database
         self._deployment = deployment
@@ -90,20 +92,20 @@ class Session:
     async def _open_bell(self) -> Bell | None:
         direct = self._settings.listen_database_url or self._settings.database_url
         try:
-            bell = await Bell.open(direct.get_secret_value())
-            cause = "LISTEN gets no answer: a pooler in between?"
+            return await Bell.open(direct.get_secret_value(), lambda: ring(self._database))
+        except NoBell as error:
+            cause = str(error)
         except GONE:
             if self._settings.listen_database_url is None:
                 raise
-            bell, cause = None, "LISTEN_DATABASE_URL is out of reach"
-        if bell is None:
-            log.warning(
-                "listen.unavailable",
-                cause=cause,
-                poll_seconds=self._settings.poll_seconds,
-                cure="polling meanwhile; give a direct connection in LISTEN_DATABASE_URL",
-            )
-        return bell
+            cause = "LISTEN_DATABASE_URL is out of reach"
+        log.warning(
+            "listen.unavailable",
+            cause=cause,
+            poll_seconds=self._settings.poll_seconds,
+            cure="polling meanwhile; a direct connection in LISTEN_DATABASE_URL makes it quicker",
+        )
+        return None
 
     async def _lease(self, bell: Bell | None, stop: asyncio.Event) -> Held | None:
         said = False
@@ -157,6 +159,11 @@ class Session:
             settled=self._settled.set,
             tally=self._tally,
         )
+
+        def added() -> None:
+            sender.wake()
+            self._settled.set()  # a page without keys is acknowledged as it is
+
         reader = Reader(
             self._database,
             bell,
@@ -166,9 +173,10 @@ class Session:
             page_rows=settings.page_rows,
             poll_seconds=settings.poll_seconds,
             rescan=self._care.note_rescans,
-            added=sender.wake,
+            added=added,
             liveness=self._liveness,
         )
+        self._on_open()
         log.info("session.open", shard=SHARD, epoch=opened.epoch, listen=bell is not None)
         self.opened_at = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
@@ -200,7 +208,8 @@ class Session:
             for task in (reading, sending, *others):
                 task.cancel()
         await self._save(reader)
-        log.info(
+        say = log.info if drained else log.warning
+        say(
             "worker.drained" if drained else "worker.drain_timed_out",
             took_seconds=round(time.monotonic() - started, 2),
             keys_left=self._lanes.keys,

@@ -88,13 +88,13 @@ class Worker:
             backlog = None
             with contextlib.suppress(psycopg.Error, TimeoutError, OSError):
                 ((backlog,),) = await database.execute(
-                    "select count(*) from (select from cdc.outbox limit 100000) as some"
+                    "select count(*) from (select from cdc.outbox limit 100000) as counted"
                 )
             log.warning(
                 "convex.not_configured",
                 missing=list(missing),
                 log_rows=backlog,
-                cure="set it; changes are kept until then",
+                cure="set it and start again; changes are kept until then",
             )
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(self._settings.heartbeat_seconds, 300.0)):
@@ -111,6 +111,7 @@ class Worker:
                 holder=self._name,
                 tally=self._tally,
                 liveness=self._liveness,
+                on_open=troubles.say_recovered,
             )
             try:
                 await self._run_or_stop(session)
@@ -168,6 +169,10 @@ class _Troubles:
                 cure="nothing is lost; trying on",
             )
         return random.uniform(0.05, min(self._longest, 0.2 * 2.0 ** min(self._tries, 16)))  # noqa: S311
+
+    def say_recovered(self) -> None:
+        if self._tries:
+            log.info("database.recovered", tries=self._tries, after_seconds=round(time.monotonic() - self._since, 1))
 
     def over(self) -> None:
         self._said, self._tries = None, 0
