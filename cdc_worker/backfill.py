@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import LiteralString
 
 from cdc_worker.catalog import Plan
-from cdc_worker.database import Database, fetch
+from cdc_worker.database import Connection, Database, fetch
 from cdc_worker.keys import join_key, split_key
 from cdc_worker.migrate import RESCAN
 from cdc_worker.outbox import mark
@@ -18,8 +18,12 @@ from cdc_worker.outbox import mark
 PAGE_KEYS = 1_000
 
 _NEXT = """
-select mirror, phase, with_documents, after, marked, again from cdc.backfill
-where phase <> 'done' and mirror = any ($1::int2[]) order by requested_at limit 1 for update skip locked
+select mirror, phase, with_documents, after, marked from cdc.backfill
+where phase <> 'done' and mirror = any ($1::int2[]) order by requested_at limit 1
+"""
+_TAKE = """
+select again from cdc.backfill
+where mirror = $1 and phase = $2 and after is not distinct from $3::text for update skip locked
 """
 _MOVE = """
 update cdc.backfill
@@ -74,30 +78,39 @@ def _explain(plan: Plan) -> LiteralString:
     return f"explain (format json) {plan.first_keys}"
 
 
+async def _next_rows(connection: Connection, plan: Plan, after: str | None) -> list[str]:
+    if after is None:
+        found = await fetch(connection, plan.first_keys, PAGE_KEYS)
+    else:
+        found = await fetch(connection, plan.next_keys, PAGE_KEYS, *split_key(after, len(plan.mirror.key)))
+    return [join_key(row) for row in found]
+
+
 async def step(database: Database, plans: dict[int, Plan], list_documents: ListDocuments | None) -> Step | None:
-    """Marks one page of one rescan among those of `plans`; None if there is nothing to do, or others do it.
+    """Marks one page of one rescan among those of `plans`; None if there is nothing to do.
 
     Without `list_documents` the second phase is left to the worker.
     """
-    async with database.transaction() as connection:
-        rows = await fetch(connection, _NEXT, list(plans))
-        if not rows:
+    rows = await database.execute(_NEXT, list(plans))
+    if not rows:
+        return None
+    mirror_id, phase, with_documents, after, total = rows[0]
+    plan = plans[mirror_id]
+    documents: Sequence[str] = ()
+    if phase == "documents":
+        if list_documents is None:
             return None
-        mirror_id, phase, with_documents, after, total, again = rows[0]
-        plan = plans[mirror_id]
-        if phase == "rows":
-            width = len(plan.mirror.key)
-            if after is None:
-                found = await fetch(connection, plan.first_keys, PAGE_KEYS)
-            else:
-                found = await fetch(connection, plan.next_keys, PAGE_KEYS, *split_key(after, width))
-            keys: Sequence[str] = [join_key(row) for row in found]
-            following = "documents" if with_documents else "done"
+        # Before the transaction: Convex may take its time.
+        documents = await list_documents(plan, after, PAGE_KEYS)
+    async with database.transaction() as connection:
+        still = await fetch(connection, _TAKE, mirror_id, phase, after)
+        if not still:
+            return Step(mirror_id, phase, False, total)  # somebody else was quicker
+        ((again,),) = still
+        if phase == "documents":
+            keys, following = documents, "done"
         else:
-            if list_documents is None:
-                return None
-            keys = await list_documents(plan, after, PAGE_KEYS)
-            following = "done"
+            keys, following = await _next_rows(connection, plan, after), "documents" if with_documents else "done"
         await mark(connection, mirror_id, keys)
         # Documents are listed by a query that may give fewer than asked for: only an empty page is the end.
         finished = len(keys) < PAGE_KEYS if phase == "rows" else not keys

@@ -78,6 +78,8 @@ class Care:
     async def run(self, reader: Reader) -> None:
         said = ""
         while True:
+            # Before the round: what is asked for while it runs is for the next one.
+            self._soon.clear()
             try:
                 await self._round(reader)
             except psycopg.Error as error:
@@ -90,7 +92,6 @@ class Care:
             await self._rest()
 
     async def _rest(self) -> None:
-        self._soon.clear()
         for _ in range(round(_SELDOM_SECONDS / _MENDING_SECONDS)):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_MENDING_SECONDS):

@@ -36,6 +36,8 @@ class Plan:
     """A mirror's query, wrapped for what the worker does with it. The key's parts go in as arrays of text."""
 
     mirror: Mirror
+    # Of the key's columns: text, uuid or bigint.
+    key_types: tuple[str, ...]
     # The document's columns in a row of `documents`, behind the key's texts and the row's bytes.
     columns: tuple[str, ...]
     # $1..$n: the key's parts, one array for each key column; then a number of bytes: of a larger row only the
@@ -185,6 +187,7 @@ def _plan(mirror: Mirror, types: dict[str, int]) -> Plan:
 
     return Plan(
         mirror=mirror,
+        key_types=tuple(_KEY_TYPES[types[name]] for name in mirror.key),
         columns=columns,
         documents=text(
             sql.SQL("select {}, v.bytes, {} from {} cross join lateral ({}) as v where {}").format(

@@ -78,7 +78,7 @@ class Database:
                 return await fetch(connection, statement, *params)
 
     @asynccontextmanager
-    async def transaction(self, mode: LiteralString = "read write") -> AsyncIterator[Connection]:
+    async def transaction(self, mode: LiteralString = "") -> AsyncIterator[Connection]:
         """A transaction in `mode`, for instance `isolation level repeatable read read only`."""
         async with self._pool.connection() as connection:
             with cut_after(connection, self._statement_seconds * 2 + _GRACE_SECONDS):

@@ -1,12 +1,33 @@
 """How a key is written: the text of its column, or the JSON array of the texts of several."""
 
 import json
+import re
 from collections.abc import Sequence
 
 
 def join_key(parts: Sequence[str]) -> str:
     """As Postgres' json_build_array writes it (capture.py), so that one key has one spelling."""
     return parts[0] if len(parts) == 1 else json.dumps(list(parts), ensure_ascii=False)
+
+
+# What a text must be like to be of a type at all: others find no row, and must not make the query fail.
+_LIKE = {
+    "bigint": re.compile(r"-?\d{1,18}"),
+    "uuid": re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"),
+    "text": re.compile(r".*", re.DOTALL),
+}
+
+
+def key_parts(key: str, types: Sequence[str]) -> tuple[str, ...] | None:
+    """The parts of a key of these types (text, uuid, bigint); None for a text that no row's key can be.
+
+    Such texts are in the log, or in Convex, from before the mirror's key was changed.
+    """
+    try:
+        parts = split_key(key, len(types))
+    except ValueError:
+        return None
+    return parts if all(_LIKE[kind].fullmatch(part) for part, kind in zip(parts, types, strict=True)) else None
 
 
 def split_key(key: str, width: int) -> tuple[str, ...]:

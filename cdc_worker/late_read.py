@@ -15,7 +15,7 @@ from cdc_worker.catalog import Plan
 from cdc_worker.database import Connection, Database, fetch, first_lines, is_gone
 from cdc_worker.documents import Event, Problem, UnfitRow, document, event
 from cdc_worker.errors import SchemaError
-from cdc_worker.keys import join_key, split_key
+from cdc_worker.keys import join_key, key_parts
 from cdc_worker.outbox import LogRow, Page, Position, read_page
 
 log = structlog.get_logger()
@@ -174,8 +174,11 @@ def _rows_that_fit(rows: Sequence[LogRow], found: Mapping[int, _Found]) -> int:
 
 async def _query(connection: Connection, plan: Plan, keys: Sequence[str], most_bytes: int) -> _Found:
     width = len(plan.mirror.key)
-    columns = [list(column) for column in zip(*(split_key(key, width) for key in keys), strict=True)]
     found: _Found = dict.fromkeys(keys)
+    possible = [parts for key in keys if (parts := key_parts(key, plan.key_types)) is not None]
+    if not possible:
+        return found
+    columns = [list(column) for column in zip(*possible, strict=True)]
     for row in await fetch(connection, plan.documents, *columns, most_bytes):
         key = join_key(row[:width])
         # A collation may find spellings of a key that nobody asked for: they have log rows of their own.

@@ -127,7 +127,7 @@ async def migrate(dsn: str, mirrors: Sequence[Mirror]) -> None:
 
 
 async def _transaction(connection: Connection, work: Callable[[], Awaitable[T]]) -> T:
-    await begin(connection, "read write", statement_seconds=_STATEMENT_SECONDS)
+    await begin(connection, "", statement_seconds=_STATEMENT_SECONDS)
     try:
         result = await work()
     except BaseException:

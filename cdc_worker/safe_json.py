@@ -3,8 +3,9 @@
 `~{` marks everything that was changed:
 
 - In a string or a key, a character that Convex refuses is written `~{hex}`: U+0000, lone surrogates, and in
-  keys also every character that is not printable ASCII, and a leading `$`. An empty key is `~{}`. A `~` that
-  stands before a `{` is itself written `~{7e}`, so that nothing else reads as a mark.
+  keys also every character that is not printable ASCII, a leading `$`, and the first of `__proto__` (which
+  JavaScript takes for something else). An empty key is `~{}`. A `~` that stands before a `{` is itself written
+  `~{7e}`, so that nothing else reads as a mark.
 - A value that Convex cannot hold as it is (a number that a Float64 would change, or -0, an object or array that is
   too large or too deep, a key that is too long) becomes a string: `~{json}` and its JSON text.
 
@@ -25,7 +26,7 @@ LONGEST_KEY = 1_024
 
 _JSON = "~{json}"
 _BAD_IN_TEXT = re.compile("\x00|[\ud800-\udfff]|~(?=\\{)")
-_BAD_IN_KEY = re.compile("[^\x20-\x7e]|^\\$|~(?=\\{)")
+_BAD_IN_KEY = re.compile("[^\x20-\x7e]|^\\$|^_(?=_proto__$)|~(?=\\{)")
 _MARK = re.compile(r"~\{([0-9a-f]*)\}")
 
 

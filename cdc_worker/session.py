@@ -112,8 +112,12 @@ class Session:
         while not stop.is_set():
             try:
                 held = await self._checkpoint.acquire(bell.pid if bell is not None else None)
-            except psycopg.errors.UndefinedTable:
+            except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
                 raise SchemaError("this database has no schema cdc: run `cdc-worker migrate`") from None
+            except psycopg.errors.ReadOnlySqlTransaction:
+                raise SchemaError(
+                    "this database is read-only (a standby?): point DATABASE_URL at the primary"
+                ) from None
             if held is not None:
                 return held
             if not said:

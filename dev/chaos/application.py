@@ -1,8 +1,8 @@
 """The application whose rows are mirrored, and, by SQL of its own, which documents those rows are.
 
-Small on purpose: two or three ids for each table, so that random writes meet each other. Nasty on purpose: ids with quotes and
-colons, keys that change, a table that feeds two mirrors, times before 1970, a database whose time zone is not UTC.
-Nothing here is shared with cdc_worker: what it says is compared with what the worker does.
+Small on purpose: two or three ids for each table, so that random writes meet each other. Nasty on purpose: ids with
+quotes and colons, keys that change, a table that feeds two mirrors, times before 1970, a time zone that is not
+UTC. Nothing here is shared with cdc_worker: what it says is compared with what the worker does.
 """
 
 import json
@@ -26,7 +26,9 @@ create table app.visit (
     seen int not null default 0, raw json, primary key (place, seq)
 );
 create table member (id text primary key, "lastSeen" timestamptz, due date);
-create table "Alert" (id int primary key, member text not null, level text not null, raised timestamp(3), open bool not null);
+create table "Alert" (
+    id int primary key, member text not null, level text not null, raised timestamp(3), open bool not null
+);
 """
 # `timestamp` without zone means UTC whatever the session's zone is; this one has a half hour and summer time.
 TIME_ZONE: Final = "America/St_Johns"
@@ -115,7 +117,8 @@ select id, "userId", kind, case when body is null then '(empty)' else body end,
 from "Note"
 """
 _VISITS = """
-select place, seq::text, member, 'check-in', remark, extract(epoch from date_trunc('milliseconds', at)) * 1000, raw::text
+select place, seq::text, member, 'check-in', remark, extract(epoch from date_trunc('milliseconds', at)) * 1000,
+       raw::text
 from app.visit
 """
 _STATUS = """
@@ -126,7 +129,8 @@ select m.id,
        (select max(level) from "Alert" where member = m.id and open),
        (select extract(epoch from date_trunc('milliseconds', raised at time zone 'UTC')) * 1000 from "Alert" a
         where member = m.id and open and not exists (
-            select from "Alert" b where b.member = m.id and b.open and (b.level > a.level or b.level = a.level and b.id < a.id)))
+            select from "Alert" b where b.member = m.id and b.open
+                and (b.level > a.level or b.level = a.level and b.id < a.id)))
 from member m
 """
 

@@ -17,14 +17,17 @@ ghost   the same, and a copy is kept, which `replay` runs again
 mute    it runs; the connection breaks before the answer
 lose    it does not run, the connection breaks, and it is kept: `replay` may run it yet
 refuse  it does not run, and the answer is 503
-hold    it stands still until the mode changes, and runs then, whether or not anybody still waits for the answer
+hold    it stands still until `release`, and runs then, whether or not anybody still waits for the answer
 
-Only batches are kept: a late `cdc:open` fences its own worker, which then compares everything anew, and that would hide what this
-is made to find.
+Batches are kept. A late `cdc:open` is a fault of its own (`reopen`): it fences the worker at work, which then compares
+everything anew, and would hide what the others are made to show.
 """
 
 _MOST_KEPT = 16
 _APPLY = b'"path":"cdc:apply"'
+_OPEN = b'"path":"cdc:open"'
+
+_Request = tuple[str, bytes, dict[str, str]]
 
 
 class Network:
@@ -33,8 +36,9 @@ class Network:
     def __init__(self, target: str) -> None:
         self._target = target
         self._mode: Mode = "clear"
-        self._moved = asyncio.Event()
-        self._kept: deque[tuple[str, bytes, dict[str, str]]] = deque(maxlen=_MOST_KEPT)
+        self._released = asyncio.Event()
+        self._kept: deque[_Request] = deque(maxlen=_MOST_KEPT)
+        self._last_open: _Request | None = None
         self._client: aiohttp.ClientSession | None = None
         self._runner: web.AppRunner | None = None
         self.url = ""
@@ -57,7 +61,7 @@ class Network:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.set("clear")
+        self.release()
         if self._runner is not None:
             await self._runner.cleanup()
         if self._client is not None:
@@ -72,10 +76,13 @@ class Network:
         return len(self._kept)
 
     def set(self, mode: Mode) -> None:
-        """From now on. What is held goes on to run."""
+        """From now on. What is held stays held."""
         self._mode = mode
-        moved, self._moved = self._moved, asyncio.Event()
-        moved.set()
+
+    def release(self) -> None:
+        """What is held goes on to run."""
+        released, self._released = self._released, asyncio.Event()
+        released.set()
 
     def forget(self) -> None:
         """The requests kept will never run."""
@@ -88,6 +95,13 @@ class Network:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
             await self._run("POST", path, body, headers)
 
+    async def reopen(self) -> None:
+        """The last `cdc:open` comes once more: nobody knows the epoch that it is given."""
+        if self._last_open is not None:
+            self._count("reopened")
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                await self._run("POST", *self._last_open)
+
     async def _take(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         headers = {name: request.headers[name] for name in ("Authorization", "Content-Type") if name in request.headers}
@@ -98,6 +112,8 @@ class Network:
             if mode in {"ghost", "lose"}:
                 self._kept.append((request.path, body, headers))
             self.arrived += 1
+        elif _OPEN in body[:200]:
+            self._last_open = (request.path, body, headers)
         if mode == "refuse":
             return web.json_response({"code": "ExpiredInQueue", "message": "try again"}, status=503)
         if mode == "lose":
@@ -105,7 +121,7 @@ class Network:
         self.under_way += 1
         try:
             if mode == "hold":
-                await self._moved.wait()
+                await self._released.wait()
             status, answer = await self._run(request.method, request.path, body, headers)
         except (aiohttp.ClientError, TimeoutError):
             return _cut(request)

@@ -23,7 +23,8 @@ export const wipe = internalMutationGeneric({
   returns: v.null(),
   handler: async (ctx) => {
     for (const table of [...MIRRORED, "cdcCounter", "cdcShards", "cdcTombstones"]) {
-      for (const document of await ctx.db.query(table).collect()) await ctx.db.delete(document._id as GenericId<string>);
+      for (const document of await ctx.db.query(table).collect())
+        await ctx.db.delete(document._id as GenericId<string>);
     }
     return null;
   },

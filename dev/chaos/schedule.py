@@ -80,6 +80,21 @@ class Replay:
 
 
 @dataclass(frozen=True)
+class Release:
+    """Requests that the link holds go on."""
+
+
+@dataclass(frozen=True)
+class Reopen:
+    """The worker's last `cdc:open` arrives once more: its epoch is no longer the shard's, and it has not been told."""
+
+
+@dataclass(frozen=True)
+class Pause:
+    """A moment for what nobody sees: a page is read, the checkpoint is written."""
+
+
+@dataclass(frozen=True)
 class Reach:
     """Wait until the worker's next batch has come as far as the link lets it; a moment at the most."""
 
@@ -102,6 +117,9 @@ Step = (
     | Awake
     | Link
     | Replay
+    | Release
+    | Reopen
+    | Pause
     | Reach
     | Settle
 )

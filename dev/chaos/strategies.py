@@ -12,7 +12,10 @@ from dev.chaos.schedule import (
     Do,
     Kill,
     Link,
+    Pause,
     Reach,
+    Release,
+    Reopen,
     Replace,
     Replay,
     Rollback,
@@ -32,7 +35,9 @@ _NUMBERS = st.sampled_from([1, -2])
 _KINDS = st.sampled_from(["check-in", "alert", "conversation", "check-in", "alert", "of no known type"])
 _BODIES = st.sampled_from(["x", "y", None, "~{\u2028"])
 _REMARKS = st.sampled_from(["x", "y"])
-_TIMES = st.sampled_from(["2020-03-08 02:30:00", "2024-02-29 23:59:59.999999", "1969-12-31 23:59:59.9999", "0999-01-01"])
+_TIMES = st.sampled_from(
+    ["2020-03-08 02:30:00", "2024-02-29 23:59:59.999999", "1969-12-31 23:59:59.9999", "0999-01-01"]
+)
 _ZONED = _TIMES.map(lambda time: f"{time}+05:30")
 _DATES = st.sampled_from(["2020-03-08", None, "1900-01-01"])
 _LEVELS = st.sampled_from(["L1", "L2", "L4"])
@@ -70,12 +75,17 @@ _VALUES: Final[dict[str, st.SearchStrategy[tuple[Any, ...]]]] = {
     "put_alert": st.tuples(_NUMBERS, _USERS, _LEVELS, _TIMES, st.booleans()),
     "close_alerts": st.tuples(_USERS),
     "drop_alerts": st.tuples(_USERS),
-    "truncate_notes": st.just(()),
-    "truncate_visits": st.just(()),
-    "truncate_alerts": st.just(()),
 }
 # How often, where not once.
-_OFTEN = {"put_note": 6, "edit_note": 3, "edit_notes": 2, "drop_note": 2, "put_visit": 3, "put_member": 2, "put_alert": 2}
+_OFTEN = {
+    "put_note": 6,
+    "edit_note": 3,
+    "edit_notes": 2,
+    "drop_note": 2,
+    "put_visit": 3,
+    "put_member": 2,
+    "put_alert": 2,
+}
 
 _WRITER = st.integers(0, WRITERS - 1)
 _STATEMENT = st.sampled_from([name for name in _VALUES for _ in range(_OFTEN.get(name, 1))])
@@ -92,12 +102,15 @@ def _one(step: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Step]]:
     return step.map(lambda made: [made])
 
 
+def _transaction(statements: list[Do], wait: Step) -> list[Step]:
+    return [*(Do(0, do.statement, do.values) for do in statements), Commit(0), wait]
+
+
 # A transaction at once, and the worker gets to see it: without such ones nothing would ever be half delivered.
-_SEEN = st.tuples(st.lists(_DO, min_size=1, max_size=3), st.sampled_from([Reach(), Settle()])).map(
-    lambda parts: [*(Do(0, do.statement, do.values) for do in parts[0]), Commit(0), parts[1]]
-)
+_SEEN = st.builds(_transaction, st.lists(_DO, min_size=1, max_size=3), st.sampled_from([Reach(), Settle()]))
 _MOVES: Final[list[tuple[int, st.SearchStrategy[list[Step]]]]] = [
     (8, _one(_DO)),
+    (1, _one(st.builds(Do, _WRITER, st.sampled_from(["truncate_notes", "truncate_visits", "truncate_alerts"])))),
     (8, _SEEN),
     (4, _one(st.builds(Commit, _WRITER))),
     (1, _one(st.builds(Rollback, _WRITER))),
@@ -107,6 +120,9 @@ _MOVES: Final[list[tuple[int, st.SearchStrategy[list[Step]]]]] = [
     (2, st.just([Settle()])),
     (4, _one(st.builds(Link, st.sampled_from(_MODES)))),
     (1, st.just([Replay()])),
+    (2, st.just([Release()])),
+    (1, st.just([Reopen()])),
+    (1, st.just([Pause()])),
     (2, _one(st.builds(Kill, st.sampled_from([True, True, False])))),
     (1, _one(st.builds(Stop, st.sampled_from([True, True, False])))),
     (1, st.just([Start()])),

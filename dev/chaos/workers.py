@@ -1,8 +1,8 @@
 """The real worker as real processes, quick to start: forked from a server that has imported everything already.
 
-What runs is `cdc-worker run` as production starts it, environment, TOML, signal handlers and all. A fork takes some 10 ms where a
-fresh interpreter takes 500, so that even a property test can afford SIGKILL, which no cancelled task in this process
-could stand for: a cancelled task still runs its `finally`.
+What runs is `cdc-worker run` as production starts it, environment, TOML, signal handlers and all. A fork takes 10 ms
+where a fresh interpreter takes 500, so that even a property test can afford SIGKILL, which no cancelled task in this
+process could stand for: a cancelled task still runs its `finally`.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any, Final, LiteralString, cast
+from typing import Any, Final, LiteralString, Self
 
 import aiohttp
 import psycopg
@@ -28,7 +28,10 @@ from dev.chaos.schedule import (
     Do,
     Kill,
     Link,
+    Pause,
     Reach,
+    Release,
+    Reopen,
     Replace,
     Replay,
     Rollback,
@@ -59,8 +62,10 @@ _CONVERGE_SECONDS = 20.0
 _MOMENT_SECONDS = 0.15
 _SETTLE_SECONDS = 0.8
 _SAME_SECONDS = 0.03
+_ZOMBIE_SECONDS = 0.3
+_RESCAN_SECONDS = 0.3
 
-# A writer that waits for another gives up soon, and its transaction is rolled back: it may wait for one of our own hands.
+# A writer that waits for another gives up soon, and its transaction is rolled back: it may wait for one that we hold.
 _WRITER_OPTIONS = "-c lock_timeout=15ms"
 _GIVES_UP = (
     psycopg.errors.LockNotAvailable,
@@ -73,9 +78,9 @@ _GIVES_UP = (
 _ACKNOWLEDGED: LiteralString = """
 select c.window_end is null
    and not exists (select from cdc.outbox where not pg_visible_in_snapshot(xid, c.position))
-   and not exists (select from cdc.backfill where phase <> 'done')
 from cdc.checkpoint c
 """
+_RESCANNED: LiteralString = "select not exists (select from cdc.backfill where phase <> 'done')"
 _PARKED: LiteralString = "select m.name, p.key from cdc.parked_key p join cdc.mirror m on m.id = p.mirror"
 # As if the sleeper had slept for longer than its lease.
 _EXPIRE: LiteralString = "update cdc.checkpoint set expires_at = clock_timestamp() - interval '1 second'"
@@ -100,8 +105,8 @@ def probed_convex() -> Iterator[local_convex.LocalConvex]:
 class World:
     """One database, one deployment, one worker most of the time. `async with` sets it up and ends it.
 
-    A schedule starts and ends with nothing in the tables and nothing in Convex, so that one may follow the other; what is
-    left of the one before is tombstones, and higher epochs and numbers. After a Diverged, make another World.
+    A schedule starts and ends with nothing in the tables and nothing in Convex, so that one may follow the other; what
+    is left of the one before is tombstones, and higher epochs and numbers. After a Diverged, make another World.
     """
 
     def __init__(self, dsn: str, convex: local_convex.LocalConvex) -> None:
@@ -115,18 +120,17 @@ class World:
         self._seen = 0
         self.took: dict[str, float] = {}
 
-    async def __aenter__(self) -> "World":
+    async def __aenter__(self) -> Self:
         try:
             self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="cdc-world-")))
             self._http = await self._stack.enter_async_context(
                 aiohttp.ClientSession(headers={"Authorization": f"Convex {self._convex.admin_key}"})
             )
-            self._admin = await self._stack.enter_async_context(await AsyncConnection.connect(self._dsn, autocommit=True))
+            admin = await AsyncConnection.connect(self._dsn, autocommit=True)
+            self._admin = await self._stack.enter_async_context(admin)
             await self._prepare()
             self._writers = [
-                await self._stack.enter_async_context(
-                    await AsyncConnection.connect(self._dsn, options=_WRITER_OPTIONS)
-                )
+                await self._stack.enter_async_context(await AsyncConnection.connect(self._dsn, options=_WRITER_OPTIONS))
                 for _ in range(WRITERS)
             ]
             self._savepoints = [0] * WRITERS
@@ -142,7 +146,7 @@ class World:
 
     async def _prepare(self) -> None:
         name = conninfo_to_dict(self._dsn)["dbname"]
-        await self._admin.execute(cast("LiteralString", application.SCHEMA))
+        await self._admin.execute(application.SCHEMA)
         await self._admin.execute(
             sql.SQL("alter database {} set timezone = {}").format(
                 sql.Identifier(str(name)), sql.Literal(application.TIME_ZONE)
@@ -169,6 +173,15 @@ class World:
         match step:
             case Do() | Savepoint() | RollbackTo() | Commit() | Rollback():
                 await self._write(step)
+            case Kill() | Stop() | Start() | Replace() | Awake():
+                await self._supervise(step)
+            case Link() | Replay() | Release() | Reopen():
+                await self._disturb(step)
+            case Pause() | Reach() | Settle():
+                await self._wait(step)
+
+    async def _supervise(self, step: Kill | Stop | Start | Replace | Awake) -> None:
+        match step:
             case Kill(start):
                 self._kill(start=start)
             case Stop(start):
@@ -179,19 +192,31 @@ class World:
                 await self._replace()
             case Awake():
                 self._awake()
+
+    async def _disturb(self, step: Link | Replay | Release | Reopen) -> None:
+        match step:
             case Link(mode):
                 self._network.set(mode)
             case Replay():
                 for place in range(self._network.kept):
                     await self._network.replay(place)
+            case Release():
+                self._network.release()
+            case Reopen():
+                await self._network.reopen()
+
+    async def _wait(self, step: Pause | Reach | Settle) -> None:
+        match step:
+            case Pause():
+                await asyncio.sleep(_MOMENT_SECONDS)
             case Reach():
-                before, self._seen = self._seen, self._network.arrived
                 if self._worker is not None:
-                    await self._until(lambda: self._network.arrived > before, _MOMENT_SECONDS)
-                self._seen = self._network.arrived
+                    await self._until(lambda: self._network.arrived > self._seen, _MOMENT_SECONDS)
             case Settle():
                 if self._worker is not None and self._network.mode in {"clear", "ghost"}:
                     await self._until(self._acknowledged, _SETTLE_SECONDS)
+        if not isinstance(step, Pause):
+            self._seen = self._network.arrived
 
     async def _write(self, step: Do | Savepoint | RollbackTo | Commit | Rollback) -> None:
         writer = self._writers[step.writer]
@@ -199,13 +224,15 @@ class World:
         try:
             match step:
                 case Do(_, statement, values):
-                    await writer.execute(cast("LiteralString", application.STATEMENTS[statement]), values)
+                    await writer.execute(application.STATEMENTS[statement], values)
                 case Savepoint(number):
                     await writer.execute("savepoint here")
                     self._savepoints[number] += 1
                 case RollbackTo() if depth:
                     await writer.execute("rollback to here")
                 case Commit():
+                    # Before: the worker may be quicker than the answer.
+                    self._seen = self._network.arrived
                     await writer.commit()
                 case Rollback():
                     await writer.rollback()
@@ -271,10 +298,6 @@ class World:
         for worker in self._workers:
             if worker.asleep:
                 worker.wake()
-        # Only one that works is the last one; the others woke up to find themselves replaced.
-        if len(self._workers) > 1 and not self._workers[-1].alive:
-            self._workers[-1].kill()
-            self._workers.pop()
 
     def _kill_all(self) -> None:
         for worker in self._workers:
@@ -287,11 +310,17 @@ class World:
         for number in range(WRITERS):
             await self._write(Commit(number))
         self._network.set("clear")
-        sleepers = [worker for worker in self._workers if worker.asleep]
+        self._network.release()
+        asleep = [worker for worker in self._workers if worker.asleep]
         self._awake()
-        if self._worker in sleepers:
-            # The one that replaced it is gone again. It may still believe that nothing happened; who starts now knows better.
-            self._workers.append(self._workers.pop())
+        self._start()
+        replaced = self._workers[:-1]
+        if replaced:
+            # What they still have in mind is done, or refused, by then.
+            await self._until(lambda: all(worker.said("session.fenced") for worker in asleep), _ZOMBIE_SECONDS)
+            for worker in replaced:
+                worker.kill()
+            del self._workers[:-1]
         await self._come_to_rest(to="hold what Postgres holds")
         wanted = await application.expected_documents(self._admin)
         await self._compare("at the end", *wanted)
@@ -299,33 +328,51 @@ class World:
         for place in reversed(range(self._network.kept)):
             await self._network.replay(place)
             await self._compare(f"when request {place} of the {self._network.kept} kept had come late", *wanted)
-        self._network.forget()
-        for worker in self._workers[:-1]:
-            worker.kill()
-        del self._workers[:-1]
         for table in application.TABLES:
-            await self._admin.execute(sql.SQL("delete from {}").format(sql.SQL(cast("LiteralString", table))))
+            await self._admin.execute(sql.SQL("delete from {}").format(sql.SQL(table)))
         await self._come_to_rest(to="be empty again")
-        await self._compare("with all rows deleted", *await application.expected_documents(self._admin))
+        empty = await application.expected_documents(self._admin)
+        await self._compare("with all rows deleted", *empty)
+        for place in range(self._network.kept):
+            await self._network.replay(place)
+        await self._compare("with all rows deleted, and what was kept come late", *empty)
+        self._network.forget()
 
     async def _come_to_rest(self, *, to: str) -> None:
-        """Everything acknowledged, nothing under way; seen twice, since a look is not a proof."""
+        """Everything acknowledged, nothing under way; seen twice, since a look is not a proof.
+
+        A rescan (after TRUNCATE) may be begun as late as the worker likes; the next session begins it at once. That is
+        what happens here, since waiting proves nothing: a restart.
+        """
         self._start()
         deadline = time.monotonic() + _CONVERGE_SECONDS
+        rescan_since = time.monotonic()
+        quiet = 0
         while time.monotonic() < deadline:
             arrived = self._network.arrived
-            if self._network.under_way == 0 and await self._acknowledged():
-                await asyncio.sleep(_SAME_SECONDS)
-                if self._network.arrived == arrived and self._network.under_way == 0 and await self._acknowledged():
-                    return
             if self._worker is None:
                 raise Diverged("the worker ended by itself")
-            await asyncio.sleep(0.004)
+            if self._network.under_way or not await self._acknowledged():
+                quiet = 0
+                await asyncio.sleep(0.004)
+                continue
+            rescanned = await self._all(_RESCANNED)
+            if rescanned and quiet:
+                return
+            quiet += rescanned
+            await asyncio.sleep(_SAME_SECONDS)
+            quiet *= self._network.arrived == arrived
+            if rescanned or self._network.arrived != arrived or not self._worker.said("session.open"):
+                rescan_since = time.monotonic()
+            elif time.monotonic() - rescan_since > _RESCAN_SECONDS:
+                self._kill(start=True)
         raise Diverged(f"the worker did not come to rest within {_CONVERGE_SECONDS:g} s, to {to}")
 
     async def _acknowledged(self) -> bool:
-        rows = await (await self._admin.execute(_ACKNOWLEDGED)).fetchall()
-        return all(acknowledged for (acknowledged,) in rows)
+        return await self._all(_ACKNOWLEDGED)
+
+    async def _all(self, question: LiteralString) -> bool:
+        return all(yes for (yes,) in await (await self._admin.execute(question)).fetchall())
 
     async def _compare(self, when: str, wanted: application.Documents, unfit: set[tuple[str, ...]]) -> None:
         found, doubled = application.dumped_documents(await self._ask("query", "probe:dump"))

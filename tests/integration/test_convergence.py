@@ -14,17 +14,35 @@ That it can fail is shown by dev/mutants.py.
 import asyncio
 import os
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, Self
 
 import pytest
 from hypothesis import HealthCheck, Phase, Verbosity, example, given, seed, settings
 
 from dev import local_convex, postgres
-from dev.chaos.schedule import Commit, Do, Kill, Link, Reach, Rollback, RollbackTo, Savepoint, Schedule, Settle, printed
+from dev.chaos.schedule import (
+    Awake,
+    Commit,
+    Do,
+    Kill,
+    Link,
+    Pause,
+    Reach,
+    Release,
+    Reopen,
+    Replace,
+    Rollback,
+    RollbackTo,
+    Savepoint,
+    Schedule,
+    Settle,
+    Start,
+    printed,
+)
 from dev.chaos.strategies import schedules
 from dev.chaos.world import Diverged, World, probed_convex
 
-EXAMPLES: Final = int(os.environ.get("CDC_EXAMPLES", "25"))
+EXAMPLES: Final = int(os.environ.get("CDC_EXAMPLES", "14"))
 SEED: Final = int(os.environ.get("CDC_SEED", "0"))
 SHRINK: Final = bool(os.environ.get("CDC_SHRINK"))
 PHASES: Final = [
@@ -45,7 +63,8 @@ LATE_COMMIT: Final[Schedule] = (
     Settle(),
     Commit(0),
 )
-# At the end of a schedule what the link has kept comes once more: here a content that is no longer true, and a row that is gone.
+# At the end of a schedule what the link has kept comes once more: a content that is no longer true, and a row that is
+# gone.
 LATE_GHOSTS: Final[Schedule] = (
     Link("ghost"),
     Do(0, "put_note", NOTE),
@@ -57,27 +76,94 @@ LATE_GHOSTS: Final[Schedule] = (
     Commit(0),
     Settle(),
 )
-# Half a page is acknowledged when the worker dies.
-HALF_DELIVERED: Final[Schedule] = (
+# The outcome of "y" is not known when the row is "x" again: what Convex holds already, at an older version than of "y".
+THERE_AND_BACK: Final[Schedule] = (
+    Link("ghost"),
     Do(0, "put_note", NOTE),
-    Do(0, "put_note", OTHER),
-    Do(0, "put_member", ("u1", None, None)),
+    Commit(0),
+    Settle(),
+    Link("lose"),
+    Do(0, "edit_note", ("y", "n1")),
+    Commit(0),
+    Reach(),
+    Do(0, "edit_note", ("x", "n1")),
+    Commit(0),
+    Pause(),
+    Link("ghost"),
+    Settle(),
+)
+# The same, and it is another worker that sees the "x".
+THERE_AND_BACK_IN_ANOTHER_EPOCH: Final[Schedule] = (
+    Link("ghost"),
+    Do(0, "put_note", NOTE),
+    Commit(0),
+    Settle(),
+    Link("lose"),
+    Do(0, "edit_note", ("y", "n1")),
+    Commit(0),
+    Reach(),
+    Kill(start=False),
+    Do(0, "edit_note", ("x", "n1")),
+    Commit(0),
+    Link("ghost"),
+    Start(),
+    Settle(),
+)
+# A row that no document can be made of, and one that could not and now can.
+UNFIT: Final[Schedule] = (
+    Do(0, "put_note", ("n1", "u1", "of no known type", "x", "2020-01-01", None)),
+    Do(0, "put_note", ("", "u1", "of no known type", "x", "2020-01-01", None)),
+    Commit(0),
+    Settle(),
+    Do(0, "put_note", NOTE),
+    Commit(0),
+    Settle(),
+)
+# "y" is delivered when "z" has been read, and the worker dies before that is.
+NEWER_BEHIND: Final[Schedule] = (
+    Do(0, "put_note", NOTE),
     Commit(0),
     Settle(),
     Link("hold"),
     Do(0, "edit_note", ("y", "n1")),
     Commit(0),
     Reach(),
-    Do(0, "edit_notes", ("z",)),
-    Savepoint(0),
-    Do(0, "drop_member", ("u1",)),
-    RollbackTo(0),
+    Link("lose"),
+    Do(0, "edit_note", ("z", "n1")),
     Commit(0),
-    Do(1, "drop_note", ("n1",)),
-    Rollback(1),
+    Pause(),
+    Release(),
+    Pause(),
     Kill(),
-    Link("mute"),
+)
+# Convex gives the shard another epoch, and nobody tells the worker.
+UNKNOWN_EPOCH: Final[Schedule] = (
+    Do(0, "put_note", NOTE),
+    Commit(0),
+    Settle(),
+    Reopen(),
+    Do(0, "edit_note", ("y", "n1")),
+    Commit(0),
     Reach(),
+)
+# A transaction of which only a part remains, and a worker that sleeps through another's work.
+SLEEPER: Final[Schedule] = (
+    Link("ghost"),
+    Do(0, "put_note", NOTE),
+    Savepoint(0),
+    Do(0, "put_note", OTHER),
+    RollbackTo(0),
+    Do(1, "put_member", ("u1", None, "2020-02-29")),
+    Rollback(1),
+    Do(2, "put_visit", ('b",é', 1, "u1", "x", "2020-01-01 00:00:00Z", '"\\u0000 \\ud800"')),
+    Commit(0),
+    Reach(),
+    Replace(),
+    Commit(2),
+    Settle(),
+    Do(0, "move_note", ("n2", "n1")),
+    Commit(0),
+    Awake(),
 )
 
 
@@ -93,7 +179,7 @@ class Stage:
         self._failure: AssertionError | None = None
         self.played = 0
 
-    def __enter__(self) -> "Stage":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -156,7 +242,12 @@ def test_convex_converges_to_postgres(postgres_server: postgres.Server, probed: 
         @given(schedules())
         @example(LATE_COMMIT)
         @example(LATE_GHOSTS)
-        @example(HALF_DELIVERED)
+        @example(THERE_AND_BACK)
+        @example(THERE_AND_BACK_IN_ANOTHER_EPOCH)
+        @example(NEWER_BEHIND)
+        @example(UNFIT)
+        @example(UNKNOWN_EPOCH)
+        @example(SLEEPER)
         def converges(schedule: Schedule) -> None:
             stage.play(schedule)
 
