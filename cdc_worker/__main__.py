@@ -82,6 +82,10 @@ async def _run(worker: Worker) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number.name)
     await worker.run()
+    # The loop's handlers go with it: a signal that comes now must not turn an end in order into a death.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
 
 
 @app.command()

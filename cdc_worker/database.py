@@ -73,18 +73,28 @@ class Database:
 
     async def execute(self, statement: LiteralString, *params: Any) -> list[Row]:
         """One statement in a transaction of its own; its rows, if it has any."""
-        async with self._pool.connection() as connection:
+        async with self._borrow() as connection:
             with cut_after(connection, self._statement_seconds + _GRACE_SECONDS):
                 return await fetch(connection, statement, *params)
 
     @asynccontextmanager
     async def transaction(self, mode: LiteralString = "") -> AsyncIterator[Connection]:
         """A transaction in `mode`, for instance `isolation level repeatable read read only`."""
-        async with self._pool.connection() as connection:
+        async with self._borrow() as connection:
             with cut_after(connection, self._statement_seconds * 2 + _GRACE_SECONDS):
                 await begin(connection, mode, statement_seconds=self._statement_seconds)
                 yield connection
                 await connection.commit()  # otherwise the pool rolls back
+
+    @asynccontextmanager
+    async def _borrow(self) -> AsyncIterator[Connection]:
+        async with self._pool.connection() as connection:
+            # The pool waits with asyncio.wait_for, which loses a cancellation that comes together with its
+            # result (Python 3.11): without this a stopped task would go on as if nobody had asked it to end.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError
+            yield connection
 
 
 @contextmanager
@@ -125,8 +135,10 @@ async def fetch_one(connection: Connection, statement: LiteralString, *params: A
 
 
 def is_gone(error: psycopg.Error) -> bool:
-    """It is the database, rather than the statement. (One that was cut off at its deadline is the statement's own.)"""
-    return isinstance(error, GONE) and not isinstance(error, psycopg.errors.QueryCanceled)
+    """It is the database, rather than the statement: one that was cut off, or waited for a lock, is not."""
+    return isinstance(error, GONE) and not isinstance(
+        error, psycopg.errors.QueryCanceled | psycopg.errors.LockNotAvailable
+    )
 
 
 def first_lines(error: psycopg.Error) -> str:

@@ -12,7 +12,7 @@ def join_key(parts: Sequence[str]) -> str:
 
 # What a text must be like to be of a type at all: others find no row, and must not make the query fail.
 _LIKE = {
-    "bigint": re.compile(r"-?\d{1,18}"),
+    "bigint": re.compile(r"-?\d{1,19}"),
     "uuid": re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"),
     "text": re.compile(r".*", re.DOTALL),
 }
@@ -27,7 +27,11 @@ def key_parts(key: str, types: Sequence[str]) -> tuple[str, ...] | None:
         parts = split_key(key, len(types))
     except ValueError:
         return None
-    return parts if all(_LIKE[kind].fullmatch(part) for part, kind in zip(parts, types, strict=True)) else None
+    return parts if all(map(_is_like, parts, types)) else None
+
+
+def _is_like(part: str, kind: str) -> bool:
+    return _LIKE[kind].fullmatch(part) is not None and (kind != "bigint" or -(2**63) <= int(part) < 2**63)
 
 
 def split_key(key: str, width: int) -> tuple[str, ...]:

@@ -124,14 +124,14 @@ class LateReader:
         except psycopg.Error as error:
             if is_gone(error):
                 raise
-            if (error.sqlstate or "").startswith("42"):
-                # The query as a whole: an unknown column or table, a right taken away.
+            if (error.sqlstate or "").startswith(("42", "55")):
+                # The query as a whole: an unknown column or table, a right taken away, a table that is locked.
                 state.plan, state.broken = None, first_lines(error)
                 log.error(
                     "mirror.broken",
                     mirror=state.name,
                     cause=state.broken,
-                    cure="mend the query in cdc_worker.toml and run migrate; its keys are parked until then",
+                    cure="its keys are parked until the query runs again: mend it in cdc_worker.toml and run migrate",
                 )
                 return _all(keys, ("mirror", state.broken))
             if len(keys) == 1:

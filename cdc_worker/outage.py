@@ -1,6 +1,7 @@
 """How Convex is insisted upon: backoff with full jitter, for ever; said once when it begins, seldom while it lasts."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -16,7 +17,10 @@ T = TypeVar("T")
 
 # While it lasts, one line in so many seconds.
 _REMINDER_SECONDS = 300.0
+# After a first outage the next is said when it comes; of a link that comes and goes less and less is said.
+_SILENCE_SECONDS = 0.2
 _FIRST_PAUSE_SECONDS = 0.1
+_LEAST_SECONDS = 0.5
 _CONVEX = "an answer from Convex"
 
 
@@ -28,7 +32,10 @@ class Outage:
         self._asking = 0
         self._longest = longest_pause_seconds
         self._since: float | None = None
-        self._said = 0.0
+        self._said = -_REMINDER_SECONDS
+        self._silence = _SILENCE_SECONDS
+        # The outage that lasts was said, so its end is said as well.
+        self._said_this = False
         self._tries = 0
         self._over = asyncio.Event()
 
@@ -61,12 +68,12 @@ class Outage:
         self._say(error)
 
     async def _sleep(self, seconds: float) -> None:
-        """As long as that, or until somebody else gets through."""
-        try:
-            async with asyncio.timeout(seconds):
+        """As long as that, or until somebody else gets through; but a while at least, lest one undo its own backoff."""
+        least = min(seconds, _LEAST_SECONDS)
+        await asyncio.sleep(least)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds - least):
                 await self._over.wait()
-        except TimeoutError:
-            return
 
     def _say(self, error: Transient | Misconfigured) -> None:
         now = time.monotonic()
@@ -76,8 +83,13 @@ class Outage:
             self._since = now
             self._over.clear()
         assert self._since is not None
-        if first or now - self._said >= _REMINDER_SECONDS:
+        # A link that comes and goes is said once in a while, not each time.
+        if now - self._said >= _REMINDER_SECONDS:
+            self._silence = _SILENCE_SECONDS
+        if now - self._said >= (self._silence if first else _REMINDER_SECONDS):
             self._said = now
+            self._said_this = True
+            self._silence = min(self._silence * 2, _REMINDER_SECONDS)
             event = "convex.misconfigured" if isinstance(error, Misconfigured) else "convex.unreachable"
             say = log.error if isinstance(error, Misconfigured) else log.warning
             say(
@@ -89,7 +101,9 @@ class Outage:
             )
 
     def _recovered(self) -> None:
-        if self._since is not None:
+        if self._since is None:
+            return
+        if self._said_this:
             log.info("convex.recovered", after_seconds=round(time.monotonic() - self._since, 1), tries=self._tries)
-            self._since, self._tries = None, 0
-            self._over.set()
+        self._since, self._tries, self._said_this = None, 0, False
+        self._over.set()

@@ -173,6 +173,7 @@ class _Troubles:
     def say_recovered(self) -> None:
         if self._tries:
             log.info("database.recovered", tries=self._tries, after_seconds=round(time.monotonic() - self._since, 1))
+            self._said = None
 
     def over(self) -> None:
         self._said, self._tries = None, 0

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, LiteralString, cast
+from typing import Any, LiteralString, Self, cast
 
 import psycopg
 
@@ -107,7 +107,7 @@ class Database:
         if mirrors is not None:
             self.migrate(mirrors)
 
-    def __enter__(self) -> "Database":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,7 +115,7 @@ class Database:
 
     def execute(self, statement: str, *params: Any) -> list[tuple[Any, ...]]:
         """One or several statements; the rows of the last."""
-        cursor = self.connection.execute(cast("LiteralString", statement), params or None)
+        cursor = self.connection.execute(statement, params or None)
         return cursor.fetchall() if cursor.description is not None else []
 
     def one(self, statement: str, *params: Any) -> Any:

@@ -4,14 +4,13 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from convex.http_client import ConvexHttpClient
 
 from dev import local_convex as convex
 from dev.postgres import free_port
 
-T = TypeVar("T")
 SECONDS = 10.0
 
 
@@ -35,7 +34,7 @@ class Mirrored:
         return sorted(each["description"] for each in self.activities(user))
 
     def keys(self, mirror: str, target: str = "activity") -> list[str]:
-        args = {"mirror": mirror, "target": target, "after": None, "limit": 1000}
+        args: dict[str, Any] = {"mirror": mirror, "target": target, "after": None, "limit": 1000}
         found = self._client.query("cdc:keys", args)
         assert isinstance(found, list)
         return found
@@ -45,7 +44,7 @@ def _content(document: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in document.items() if not name.startswith("_")}
 
 
-async def eventually(look: Callable[[], T], expected: T, *, seconds: float = SECONDS) -> None:
+async def eventually(look: Callable[[], object], expected: object, *, seconds: float = SECONDS) -> None:
     """Looks, in a thread, until that is what it sees."""
     deadline = asyncio.get_running_loop().time() + seconds
     while (seen := await asyncio.to_thread(look)) != expected:

@@ -1,4 +1,4 @@
-"""`migrate`: twice, at once, against the application's traffic, and refusing what is wrong before anything is changed."""
+"""`migrate`: twice, at once, beside the application's traffic; and what is wrong is refused before anything changes."""
 
 import asyncio
 import contextlib
@@ -46,7 +46,8 @@ def everything(db: Database) -> list[tuple[Any, ...]]:
         """
         select 'function', proname, md5(prosrc), p.oid::int8 from pg_proc p where pronamespace = 'cdc'::regnamespace
         union all select 'trigger', tgname, tgrelid::regclass::text, oid::int8 from pg_trigger where not tgisinternal
-        union all select 'relation', relname, relkind::text, oid::int8 from pg_class where relnamespace = 'cdc'::regnamespace
+        union all select 'relation', relname, relkind::text, oid::int8 from pg_class
+                  where relnamespace = 'cdc'::regnamespace
         union all select 'mirror', name, definition, id from cdc.mirror
         union all select 'backfill', phase, reason, mirror from cdc.backfill
         order by 1, 2, 3, 4
@@ -360,8 +361,8 @@ def test_a_role_that_may_not_create_is_told_so(postgres_server: postgres.Server,
     name = db.dsn.rsplit("/", 1)[1]
     with postgres_server.admin(name) as superuser:
         superuser.execute("create table t (id text)")
-        superuser.execute(f"alter database {name} owner to postgres")  # type: ignore[arg-type]  # a name of our own
-        superuser.execute(f"revoke create on database {name} from application")  # type: ignore[arg-type]
+        superuser.execute(f"alter database {name} owner to postgres")
+        superuser.execute(f"revoke create on database {name} from application")
         superuser.execute("grant select on t to application")
     with pytest.raises(SchemaError, match=r"permission denied for database .*must be allowed to create a schema"):
         db.migrate([rows_of("t")])
@@ -418,7 +419,7 @@ def _owner(path: Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def migrating_aside(dsn: str, mirrors: Sequence[Mirror]) -> Iterator[Callable[[], bool]]:
-    """Migrate in a thread; the value says whether it is still at it. Leaving the block waits for its end, and raises its error."""
+    """Migrate in a thread; the value says whether it is still at it. Leaving the block raises what it raised."""
     failed: list[BaseException] = []
 
     def run() -> None:
@@ -445,6 +446,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 10) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.one_postgres
 def test_a_long_writer_is_waited_for_and_nobody_waits_behind_us(db: Database) -> None:
     db.execute(T)
     asks = "select count(*) from pg_locks where not granted and relation = 't'::regclass"
@@ -465,29 +467,31 @@ def test_a_long_writer_is_waited_for_and_nobody_waits_behind_us(db: Database) ->
     assert captured_tables(db) == {"t"}
 
 
+@pytest.mark.one_postgres
 def test_a_busy_table_is_given_up_in_words(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(migrating, "_TABLE_TRIES", 2)
     db.execute(f"{T}; create table free (id text)")
     with psycopg.connect(db.dsn) as long:
         long.execute("insert into t values ('long')")
-        with pytest.raises(SchemaError, match="table public.t was busy for too long"):
+        with pytest.raises(SchemaError, match=r"table public\.t was busy for too long"):
             db.migrate([rows_of("free", name="free"), rows_of("t")])
     db.migrate([rows_of("free", name="free"), rows_of("t")])
     assert captured_tables(db) == {"t", "free"}
 
 
+@pytest.mark.one_postgres
 def test_another_migrator_that_takes_its_time_is_waited_for(db: Database) -> None:
     db.execute(T)
     lock = "select pg_advisory_xact_lock(hashtextextended('cdc_worker.migrate', 0))"
-    with psycopg.connect(db.dsn) as slow, psycopg.connect(db.dsn) as long:
-        long.execute("insert into t values ('long')")
+    with psycopg.connect(db.dsn) as slow:
+        slow.execute(lock)
         with migrating_aside(db.dsn, [rows_of("t")]):
-            # Past its migrations, in the middle of the triggers.
-            wait_until(lambda: db.one("select to_regclass('cdc.mirror') is not null"))
-            wait_until(lambda: db.one("select count(*) from pg_proc where proname ~ '^capture_'") == 1)
-            slow.execute(lock)
-            long.commit()
+            waiting = (
+                "select count(*) from pg_stat_activity where wait_event = 'advisory' and datname = current_database()"
+            )
+            wait_until(lambda: db.one(waiting) == 1)
             time.sleep(1.5)  # longer than any lock_timeout that is meant for tables
+            assert nothing_was_made(db)
             slow.commit()
     assert captured_tables(db) == {"t"}
 
@@ -516,7 +520,7 @@ def test_writers_go_on_while_triggers_come_and_go(db: Database) -> None:
         for mirrors in ([rows_of("t")], [rows_of("t", watch=("note",))], [], [rows_of("t")]):
             db.migrate(mirrors)
             so_far = len(written)
-            wait_until(lambda so_far=so_far: len(written) > so_far + 5 or failed)
+            wait_until(lambda: len(written) > so_far + 5 or failed)  # noqa: B023
     finally:
         stop.set()
         thread.join(10)

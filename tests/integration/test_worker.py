@@ -1,0 +1,742 @@
+"""The worker end to end, in this process: what is in Postgres is in Convex, whatever is out of order meanwhile."""
+
+import asyncio
+import contextlib
+import json
+import shutil
+import signal
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from cdc_worker import care
+from cdc_worker.mirrors import Mirror, Source
+from cdc_worker.safe_json import restore
+from dev import local_convex as convex
+from dev import postgres
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, rows_of
+from tests.integration.mirrored import Mirrored, convex_at, eventually, free_port
+from tests.integration.running import Running, child, environment, quick_settings, worker_at_work
+
+# What differs between versions of Postgres is tested in test_capture.py and test_migrate.py.
+pytestmark = pytest.mark.one_postgres
+
+Work = Callable[..., AbstractAsyncContextManager[Running]]
+
+
+@pytest.fixture
+def user() -> str:
+    """The local Convex is shared: each test has a user of its own."""
+    return f"user-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is looked at seldom, so that it costs nothing, is looked at often here."""
+    monkeypatch.setattr(care, "_MENDING_SECONDS", 0.2)
+    monkeypatch.setattr(care, "_RESCAN_SECONDS", 0.05)
+
+
+@pytest.fixture
+def mirrors() -> tuple[Mirror, ...]:
+    """Activities under a name of the test's own, too, so that no rescan meets those of other tests."""
+    return (CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"}), STATUS)
+
+
+@pytest.fixture
+def db(database: str, mirrors: Sequence[Mirror]) -> Iterator[Database]:
+    with Database(database, TABLES, mirrors) as opened:
+        yield opened
+
+
+@pytest.fixture
+def mirrored(local_convex: convex.LocalConvex) -> Mirrored:
+    return Mirrored(local_convex.url, local_convex.admin_key)
+
+
+@pytest.fixture
+def work(db: Database, local_convex: convex.LocalConvex, mirrors: Sequence[Mirror]) -> Work:
+    """A worker between the test's database and the shared Convex; further settings by name."""
+
+    def start(mirrors: Sequence[Mirror] = mirrors, **given: Any) -> AbstractAsyncContextManager[Running]:
+        return worker_at_work(quick_settings(db.dsn, local_convex, **given), mirrors)
+
+    return start
+
+
+def check_in(db: Database, user: str, key: str, note: str | None = None) -> None:
+    db.execute(
+        """insert into "CheckIn" values (%s, %s, %s, null, '2026-01-02 03:04:05.678')""", f"{user}-{key}", user, note
+    )
+
+
+# Rows and documents.
+
+
+async def test_rows_from_before_and_after_the_start_arrive(
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    check_in(db, user, "1", "before")
+    async with work() as running:
+        await eventually(lambda: mirrored.descriptions(user), ["before"])
+        await running.said("session.open")
+        check_in(db, user, "2", "after")
+        await eventually(lambda: mirrored.descriptions(user), ["after", "before"])
+        db.execute("""update "CheckIn" set note = 'changed' where "userId" = %s and note = 'after'""", user)
+        await eventually(lambda: mirrored.descriptions(user), ["before", "changed"])
+        db.execute("""delete from "CheckIn" where "userId" = %s and note = 'before'""", user)
+        await eventually(lambda: mirrored.descriptions(user), ["changed"])
+        db.execute("""update "CheckIn" set id = id || 'moved'""")
+        await eventually(lambda: mirrored.keys(mirrors[0].name), [f"{user}-2moved"])
+        db.execute('truncate "CheckIn"')
+        await eventually(lambda: mirrored.descriptions(user), [])
+
+
+async def test_a_document_as_a_whole(db: Database, work: Work, mirrored: Mirrored, user: str) -> None:
+    mood = {"a": 1, "b": [True, None, "x"], "ü": {"$k": 2**60}}
+    # Without a zone it is UTC, whatever the session's zone.
+    db.execute("set time zone 'America/New_York'")
+    db.execute(
+        """insert into "CheckIn" values (%s, %s, null, %s, '2026-01-02 03:04:05.678')""", user, user, json.dumps(mood)
+    )
+    async with work():
+        await eventually(lambda: len(mirrored.activities(user)), 1)
+        (found,) = mirrored.activities(user)
+        assert json.loads(restore(found.pop("metadata"))) == mood
+        assert found == {
+            "userId": user, "type": "check-in", "description": "Checked in", "timestamp": 1767323045678.0
+        }  # fmt: skip
+
+
+async def test_a_status_of_several_tables(db: Database, work: Work, mirrored: Mirrored, user: str) -> None:
+    async with work():
+        db.execute(
+            """insert into "User" values (%s, 'A', '2026-01-02 03:04:05', '2026-01-02 03:04:05.9999+01')""", user
+        )
+        times = {"lastCheckIn": 1767323045000.0, "nextDue": 1767319445999.0}
+        await eventually(lambda: mirrored.status(user), {"userId": user, **times})
+        db.execute("""insert into "Alert" values (%s, %s, 'L2', '1969-12-31 23:59:59.9995Z')""", f"{user}-1", user)
+        alert = {"alertLevel": "L2", "alertTriggeredAt": -1.0}
+        await eventually(lambda: mirrored.status(user), {"userId": user, **times, **alert})
+        db.execute("""insert into "Alert" values (%s, %s, 'L4', '1970-01-01Z')""", f"{user}-2", user)
+        await eventually(lambda: (mirrored.status(user) or {}).get("alertLevel"), "L4")
+        db.execute("""update "Alert" set "resolvedAt" = now() where "userId" = %s""", user)
+        await eventually(lambda: mirrored.status(user), {"userId": user, **times})
+        db.execute("""update "User" set "lastCheckInAt" = null where id = %s""", user)
+        await eventually(lambda: mirrored.status(user), {"userId": user, "nextDue": times["nextDue"]})
+        db.execute("""delete from "User" where id = %s""", user)
+        await eventually(lambda: mirrored.status(user), None)
+
+
+KEYS = {
+    "uuid": ("uuid", "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"),
+    "bigint": ("bigint", "-9223372036854775808"),
+    "smallint": ("smallint", "7"),
+    "text with everything": ("text", 'a:b "c" ü\\ {}'),
+}
+
+
+@pytest.mark.parametrize("what", KEYS)
+async def test_keys(db: Database, work: Work, mirrored: Mirrored, what: str) -> None:
+    kind, key = KEYS[what]
+    mirror = rows_of("t", name=f"keys-{uuid.uuid4().hex[:8]}")
+    db.execute(f"create table t (id {kind} primary key)")
+    db.migrate([mirror])
+    async with work([mirror]):
+        db.execute("insert into t values (%s)", key)
+        await eventually(lambda: mirrored.keys(mirror.name), [key])
+        db.execute("delete from t")
+        await eventually(lambda: mirrored.keys(mirror.name), [])
+
+
+async def test_composite_keys(db: Database, work: Work, mirrored: Mirrored) -> None:
+    mirror = rows_of("t", name=f"keys-{uuid.uuid4().hex[:8]}", key=("id", "part"))
+    db.execute("create table t (id uuid, part text, primary key (id, part))")
+    db.migrate([mirror])
+    one, other = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
+    async with work([mirror]):
+        db.execute("""insert into t values (%s, 'a'), (%s, 'b "ü" \\'), (%s, 'a')""", one, one, other)
+        keys = [f'["{one}", "a"]', f'["{one}", "b \\"ü\\" \\\\"]', f'["{other}", "a"]']
+        await eventually(lambda: mirrored.keys(mirror.name), keys)
+        db.execute("delete from t where id = %s and part = 'a'", one)
+        await eventually(lambda: mirrored.keys(mirror.name), keys[1:])
+
+
+async def test_more_rows_than_a_page(db: Database, work: Work, mirrored: Mirrored) -> None:
+    mirror = rows_of("t", name=f"many-{uuid.uuid4().hex[:8]}")
+    db.execute("create table t (id int primary key); insert into t select generate_series(1, 700)")
+    db.migrate([mirror])
+    async with work([mirror], CDC_PAGE_ROWS=100, CDC_BATCH_KEYS=30):
+        await eventually(lambda: len(mirrored.keys(mirror.name)), 700)
+        db.execute("delete from t where id > 10")
+        await eventually(lambda: len(mirrored.keys(mirror.name)), 10)
+
+
+async def test_only_the_last_of_many_changes_is_delivered(
+    db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    check_in(db, user, "1", "0")
+    with db.connection.transaction():
+        for n in range(100):
+            db.execute("""update "CheckIn" set note = %s""", str(n))
+    async with work() as running:
+        await eventually(lambda: mirrored.descriptions(user), ["99"])
+        await running.stop()
+    # The first update changed nothing.
+    assert db.one("select count(*) from cdc.outbox") == 100
+
+
+async def test_what_was_acknowledged_is_not_read_again(db: Database, work: Work, mirrored: Mirrored, user: str) -> None:
+    mirror = rows_of("t", name=f"again-{user}")
+    db.execute("create table t (id int primary key)")
+    db.migrate([mirror])
+    db.execute("insert into t values (1)")
+    async with work([mirror]):
+        await eventually(lambda: mirrored.keys(mirror.name), ["1"])
+        left = """
+            select count(*) from cdc.backfill b join cdc.mirror m on m.id = b.mirror and m.configured
+            where phase <> 'done'
+        """
+        await eventually(lambda: db.one(left), 0)
+    async with work([mirror]) as running:
+        db.execute("insert into t values (2)")
+        await eventually(lambda: mirrored.keys(mirror.name), ["1", "2"])
+        await running.stop()
+        assert [line["keys"] for line in running.log.of("batch.applied")] == [1]
+
+
+# Convex is not there, or is another one.
+
+
+async def test_convex_is_out_of_reach_at_the_start_and_later_and_comes_back_empty(
+    mirrors: Sequence[Mirror], db: Database, user: str
+) -> None:
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(convex_at(port)).process.stop()
+    gone = convex.LocalConvex(f"http://127.0.0.1:{port}", "local-convex|00aa", None)  # type: ignore[arg-type]
+    mirrored = Mirrored(gone.url, gone.admin_key)
+    check_in(db, user, "1", "before")
+    async with worker_at_work(quick_settings(db.dsn, gone), mirrors) as running:
+        said = await running.said("convex.unreachable")
+        assert said["cause"] == "no connection"
+        check_in(db, user, "2", "meanwhile")
+        with convex_at(port):
+            await eventually(lambda: mirrored.descriptions(user), ["before", "meanwhile"])
+            await running.said("convex.recovered")
+        check_in(db, user, "3", "without it")
+        await running.said("convex.unreachable", times=2)
+        with convex_at(port):
+            # Another deployment, as far as anyone can tell: it is filled.
+            await eventually(lambda: mirrored.descriptions(user), ["before", "meanwhile", "without it"])
+            assert "another deployment" in running.log.of("session.rescan")[-1]["cause"]
+            await running.stop()
+    assert len(running.log.of("convex.unreachable")) == 2
+
+
+async def test_convex_hangs_and_goes_on(
+    mirrors: Sequence[Mirror], db: Database, fresh_convex: convex.LocalConvex, user: str
+) -> None:
+    mirrored = Mirrored(fresh_convex.url, fresh_convex.admin_key)
+    settings = quick_settings(db.dsn, fresh_convex, CDC_CONVEX_TIMEOUT_SECONDS=0.3)
+    async with worker_at_work(settings, mirrors) as running:
+        await running.said("session.open")
+        fresh_convex.process.signal(signal.SIGSTOP)
+        check_in(db, user, "1")
+        said = await running.said("convex.unreachable")
+        assert said["cause"] == "no answer in time"
+        check_in(db, user, "2")
+        fresh_convex.process.signal(signal.SIGCONT)
+        await eventually(lambda: len(mirrored.activities(user)), 2)
+        await running.said("convex.recovered")
+        await running.stop()
+        assert running.log.events.count("session.open") == 1
+
+
+async def test_a_wrong_key_is_said_and_nothing_is_lost(db: Database, work: Work, mirrored: Mirrored, user: str) -> None:
+    check_in(db, user, "1")
+    async with work(convex_deploy_key="wrong|00") as running:
+        said = await running.said("convex.misconfigured")
+        assert "401" in said["cause"]
+        assert "CONVEX_DEPLOY_KEY does not belong to this deployment" in said["cause"]
+        await running.stop()
+    async with work():
+        await eventually(lambda: len(mirrored.activities(user)), 1)
+
+
+async def test_functions_that_are_not_deployed_are_said_and_waited_for(
+    mirrors: Sequence[Mirror], db: Database, user: str, tmp_path: Path
+) -> None:
+    port = free_port()
+    check_in(db, user, "1")
+    empty = tmp_path / "convex"
+    (empty / "_generated").mkdir(parents=True)
+    with convex_at(port, functions=empty) as without:
+        mirrored = Mirrored(without.url, without.admin_key)
+        async with worker_at_work(quick_settings(db.dsn, without), mirrors) as running:
+            said = await running.said("convex.misconfigured")
+            assert "convex/ folder" in said["cause"]
+            without.process.stop()
+            with convex_at(port):
+                await eventually(lambda: len(mirrored.activities(user)), 1)
+                await running.said("convex.recovered")
+                await running.stop()
+
+
+async def test_a_deployment_that_lists_no_documents_is_no_reason_to_die(
+    mirrors: Sequence[Mirror], db: Database, user: str, tmp_path: Path
+) -> None:
+    # Everything but cdc:keys is there, as in the middle of a deploy.
+    older = tmp_path / "convex"
+    shutil.copytree(convex.ROOT / "convex", older)
+    functions = older / "cdc.ts"
+    functions.write_text(functions.read_text().replace("export const keys =", "export const otherKeys ="))
+    (tmp_path / "node_modules").symlink_to(convex.ROOT / "dev/node_modules")
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    check_in(db, user, "1")
+    with convex.start(functions=older) as without:
+        mirrored = Mirrored(without.url, without.admin_key)
+        async with worker_at_work(quick_settings(db.dsn, without), mirrors) as running:
+            await eventually(lambda: len(mirrored.activities(user)), 1)
+            await running.said("convex.misconfigured")
+            check_in(db, user, "2")
+            await eventually(lambda: len(mirrored.activities(user)), 2)
+            await running.stop()
+
+
+async def test_without_a_convex_url_it_waits_and_keeps(
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    async with worker_at_work(quick_settings(db.dsn, None), mirrors) as running:
+        said = await running.said("convex.not_configured")
+        assert said["missing"] == ["CONVEX_URL", "CONVEX_DEPLOY_KEY"]
+        check_in(db, user, "1")
+        await running.stop()
+        assert running.log.events == ["worker.started", "convex.not_configured", "worker.stopped"]
+    async with work():
+        await eventually(lambda: len(mirrored.activities(user)), 1)
+
+
+async def test_another_empty_deployment_is_filled(  # noqa: PLR0917  # fixtures
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, fresh_convex: convex.LocalConvex, user: str
+) -> None:
+    db.execute("""insert into "User" values (%s)""", user)
+    check_in(db, user, "1")
+    async with work():
+        await eventually(lambda: (len(mirrored.activities(user)), mirrored.status(user)), (1, {"userId": user}))
+    other = Mirrored(fresh_convex.url, fresh_convex.admin_key)
+    async with worker_at_work(quick_settings(db.dsn, fresh_convex), mirrors) as running:
+        await eventually(lambda: (len(other.activities(user)), other.status(user)), (1, {"userId": user}))
+        assert "another deployment" in (await running.said("session.rescan"))["cause"]
+
+
+# Postgres is not there, or not as it should be.
+
+
+async def test_postgres_is_out_of_reach_at_the_start_and_later(  # fixtures
+    mirrors: Sequence[Mirror],
+    postgres_flavour: postgres.Flavour,
+    local_convex: convex.LocalConvex,
+    mirrored: Mirrored,
+    user: str,
+) -> None:
+    with postgres.start(postgres_flavour) as server:
+        dsn = server.dsn(postgres.create_database(server))
+        with Database(dsn, TABLES, mirrors) as db:
+            check_in(db, user, "1")
+        server.stop()
+        async with worker_at_work(quick_settings(dsn, local_convex), mirrors) as running:
+            said = await running.said("database.unreachable")
+            assert "refused" in said["cause"]
+            server.start()
+            await eventually(lambda: len(mirrored.activities(user)), 1)
+            await running.said("session.open")
+            modes: tuple[postgres.Mode, ...] = ("fast", "immediate")
+            for n, mode in enumerate(modes, 2):
+                await asyncio.to_thread(server.restart, mode)
+                with Database(dsn) as db:
+                    check_in(db, user, str(n))
+                await eventually(lambda: len(mirrored.activities(user)), n)
+                await running.said("session.open", times=n)
+            await running.stop()
+            assert len(running.log.of("database.unreachable")) <= 3  # said once for each, not once for each try
+
+
+async def test_a_database_that_is_not_migrated_is_waited_for(  # fixtures
+    mirrors: Sequence[Mirror], database: str, local_convex: convex.LocalConvex, mirrored: Mirrored, user: str
+) -> None:
+    with Database(database, TABLES) as db:
+        check_in(db, user, "1")
+        async with worker_at_work(quick_settings(database, local_convex), mirrors) as running:
+            said = await running.said("database.not_ready")
+            assert "run `cdc-worker migrate`" in said["cause"]
+            await asyncio.to_thread(db.migrate, mirrors)
+            await eventually(lambda: len(mirrored.activities(user)), 1)
+            await running.said("session.open")
+
+
+async def test_a_mirror_that_is_not_migrated_is_waited_for(
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    changed = mirrors[0].model_copy(update={"query": mirrors[0].query.replace("'Checked in'", "'Another text'")})
+    check_in(db, user, "1")
+    async with work([changed, STATUS]) as running:
+        said = await running.said("database.not_ready")
+        assert f'mirror "{mirrors[0].name}" is not as the database knows it' in said["cause"]
+        await asyncio.to_thread(db.migrate, [changed, STATUS])
+        await eventually(lambda: mirrored.descriptions(user), ["Another text"])
+
+
+async def test_through_a_pooler_it_polls(  # noqa: PLR0917  # fixtures
+    mirrors: Sequence[Mirror],
+    db: Database,
+    pooled_database: str,
+    local_convex: convex.LocalConvex,
+    mirrored: Mirrored,
+    user: str,
+) -> None:
+    async with worker_at_work(quick_settings(pooled_database, local_convex), mirrors) as running:
+        opened = await running.said("session.open")
+        assert opened["listen"] is False
+        assert "LISTEN_DATABASE_URL" in (await running.said("listen.unavailable"))["cure"]
+        for n in range(1, 4):
+            await asyncio.sleep(0.2)  # it has gone to rest
+            check_in(db, user, str(n))
+            # Far sooner than the 20 s for which a bell that never rings would be trusted.
+            await eventually(lambda: len(mirrored.activities(user)), n, seconds=3)
+    # No lock was left behind on a connection that the pooler lends to others.
+    assert db.one("select count(*) from pg_locks where locktype = 'advisory' and granted") == 0
+
+
+async def test_through_a_pooler_it_listens_on_a_direct_connection(  # noqa: PLR0917  # fixtures
+    mirrors: Sequence[Mirror],
+    db: Database,
+    pooled_database: str,
+    local_convex: convex.LocalConvex,
+    mirrored: Mirrored,
+    user: str,
+) -> None:
+    # No poll within this test: what arrives was rung for.
+    settings = quick_settings(pooled_database, local_convex, listen_database_url=db.dsn, CDC_POLL_SECONDS=60)
+    async with worker_at_work(settings, mirrors) as running:
+        assert (await running.said("session.open"))["listen"] is True
+        for n in range(1, 4):
+            await eventually(lambda: _asleep(db), expected=True)
+            check_in(db, user, str(n))
+            await eventually(lambda: len(mirrored.activities(user)), n, seconds=3)
+        await running.stop()
+        assert running.log.of("listen.unavailable") == []
+
+
+def _asleep(db: Database) -> bool:
+    """Whether the worker has gone to rest, and is to be rung for."""
+    with psycopg.connect(db.dsn) as connection:
+        found = connection.execute(
+            "select exists (select from pg_locks where locktype = 'advisory' and classid = 25444"
+            " and database = (select oid from pg_database where datname = current_database()))"
+        ).fetchone()
+    assert found is not None
+    return bool(found[0])
+
+
+async def test_a_listener_that_dies_is_replaced(db: Database, work: Work, mirrored: Mirrored, user: str) -> None:
+    async with work(CDC_POLL_SECONDS=60) as running:
+        await running.said("session.open")
+        await eventually(lambda: _asleep(db), expected=True)
+        killed = (
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where query like '%advisory_lock%' and pid <> pg_backend_pid()"
+        )
+        assert db.execute(killed) == [(True,)]
+        await running.said("session.open", times=2)
+        check_in(db, user, "1")
+        await eventually(lambda: len(mirrored.activities(user)), 1, seconds=5)
+
+
+# What is wrong with one mirror, or one row, is its own.
+
+
+async def test_a_query_that_breaks_parks_its_keys_and_comes_back(
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    async with work() as running:
+        await running.said("session.open")
+        check_in(db, user, "1", "fine")
+        await eventually(lambda: mirrored.descriptions(user), ["fine"])
+        # In a thread: the worker lives in this loop, and may hold a lock that the statement waits for.
+        await asyncio.to_thread(db.execute, """alter table "CheckIn" rename column note to remark""")
+        check_in(db, user, "2", "while broken")
+        db.execute("""update "CheckIn" set remark = 'changed while broken' where remark = 'fine'""")
+        db.execute("""insert into "User" values (%s)""", user)
+        await eventually(lambda: mirrored.status(user), {"userId": user})
+        said = await running.said("mirror.broken")
+        assert (said["mirror"], said["cause"]) == (mirrors[0].name, 'column "note" does not exist')
+        parked = "select key, class, reason, attempts from cdc.parked_key order by key"
+        reason = 'column "note" does not exist'
+        both = [(f"{user}-{n}", "mirror", reason, 1) for n in (1, 2)]
+        await eventually(lambda: [(k, c, r.rpartition(": ")[2], a) for k, c, r, a in db.execute(parked)], both)
+        assert mirrored.descriptions(user) == ["fine"]
+        await asyncio.to_thread(db.execute, """alter table "CheckIn" rename column remark to note""")
+        await running.said("mirror.mended")
+        # It knows by itself that there is something to read: no need to wait for the next look.
+        await eventually(lambda: mirrored.descriptions(user), ["changed while broken", "while broken"], seconds=5)
+        await eventually(lambda: db.execute(parked), [])
+        await running.stop()
+        assert len(running.log.of("mirror.broken")) == 1
+
+
+async def test_a_table_that_is_dropped_and_comes_back(
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    async with work() as running:
+        check_in(db, user, "1", "first")
+        await eventually(lambda: mirrored.descriptions(user), ["first"])
+        with db.connection.transaction():
+            check_in(db, user, "2", "last")
+            db.execute('drop table "CheckIn"')
+        await running.said("mirror.broken")
+        db.execute("""insert into "User" values (%s)""", user)
+        await eventually(lambda: mirrored.status(user), {"userId": user})
+        db.execute(TABLES[TABLES.index('create table "CheckIn"') : TABLES.index("create type")])
+        await asyncio.to_thread(db.migrate, mirrors)
+        check_in(db, user, "3", "anew")
+        await eventually(lambda: mirrored.descriptions(user), ["anew"])
+
+
+async def test_a_mirror_that_is_broken_at_the_start_lets_others_flow(
+    db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    check_in(db, user, "1")
+    db.execute("""insert into "User" values (%s); alter table "CheckIn" drop column mood""".replace("%s", f"'{user}'"))
+    async with work() as running:
+        said = await running.said("mirror.broken")
+        assert 'column "mood" does not exist' in said["cause"]
+        await eventually(lambda: mirrored.status(user), {"userId": user})
+
+
+async def test_a_table_that_is_locked_holds_up_no_other_mirror(
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    # An ALTER TABLE that rewrites, a VACUUM FULL: minutes, and nobody's fault.
+    async with work() as running:
+        await running.said("session.open")
+        with psycopg.connect(db.dsn) as altering:
+            altering.execute("""insert into "CheckIn" values (%s, %s, null, null, now())""", (f"{user}-1", user))
+            altering.commit()
+            await eventually(lambda: len(mirrored.activities(user)), 1)
+            altering.execute('lock table "CheckIn" in access exclusive mode')
+            # A change of it that is in the log already.
+            db.execute(
+                "insert into cdc.outbox (slot, mirror, key) select 0, id, %s from cdc.mirror where name = %s",
+                f"{user}-1",
+                mirrors[0].name,
+            )
+            db.execute("""insert into "User" values (%s)""", user)
+            await eventually(lambda: mirrored.status(user), {"userId": user}, seconds=6)
+
+
+POISON = Mirror(
+    name="ratios",
+    target="activity",
+    key=("id",),
+    query="select id, owner as user_id, 'alert' as type, (100 / n)::text as description, now() as timestamp from ratio",
+    sources=(Source(table="ratio", key=("id",)),),
+)
+
+
+async def test_a_row_that_breaks_the_query_is_parked_alone(
+    db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    db.execute("create table ratio (id int primary key, owner text, n int)")
+    db.migrate([POISON])
+    db.execute("insert into ratio select n, %s, n from generate_series(0, 10) as n", user)
+    async with work([POISON]) as running:
+        await eventually(lambda: len(mirrored.activities(user)), 10)
+        said = await running.said("key.parked")
+        assert (said["kind"], said["keys"]) == ("row", 1)
+        assert "DivisionByZero" in said["reason"]
+        assert db.execute("select key, class from cdc.parked_key") == [("0", "row")]
+        db.execute("update ratio set n = 100 where id = 0")
+        await eventually(lambda: len(mirrored.activities(user)), 11)
+        await eventually(lambda: db.execute("select key from cdc.parked_key"), [])
+        db.execute("update ratio set n = 0 where id = 5")
+        await running.said("key.parked", times=2)
+        db.execute("delete from ratio where id = 5")
+        await eventually(
+            lambda: (len(mirrored.activities(user)), db.execute("select key from cdc.parked_key")), (10, [])
+        )
+
+
+UNFIT = {
+    "null": ("null", "the reason names the column", "description is null"),
+    "too large": ("repeat('x', 1100000)", "", "Convex holds 1048576"),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+async def test_a_row_that_is_no_document_is_parked_alone(
+    db: Database, work: Work, mirrored: Mirrored, user: str, what: str
+) -> None:
+    mirror = POISON.model_copy(
+        update={
+            "query": POISON.query.replace("(100 / n)::text", f"case n when 0 then {UNFIT[what][0]} else 'fine' end")
+        }
+    )
+    db.execute("create table ratio (id int primary key, owner text, n int)")
+    db.migrate([mirror])
+    db.execute("insert into ratio select n, %s, n from generate_series(0, 3) as n", user)
+    async with work([mirror]) as running:
+        assert UNFIT[what][2] in (await running.said("key.parked"))["reason"]
+        await eventually(lambda: len(mirrored.activities(user)), 3)
+
+
+async def test_a_document_that_convex_rejects_is_parked_alone(
+    db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    mirror = POISON.model_copy(
+        update={
+            "query": POISON.query.replace("'alert' as", "case n when 0 then 'secret-type' else 'alert' end as").replace(
+                "100 / n", "n"
+            )
+        }
+    )
+    db.execute("create table ratio (id int primary key, owner text, n int)")
+    db.migrate([mirror])
+    db.execute("insert into ratio select n, %s, n from generate_series(0, 3) as n", user)
+    async with work([mirror]) as running:
+        said = await running.said("key.parked")
+        assert said["kind"] == "rejected"
+        assert "secret-type" not in said["reason"]
+        await eventually(lambda: len(mirrored.activities(user)), 3)
+        db.execute("update ratio set n = 7 where id = 0")
+        await eventually(
+            lambda: (len(mirrored.activities(user)), db.execute("select key from cdc.parked_key")), (4, [])
+        )
+
+
+NASTY = {
+    "a NUL": '{"a": "\\u0000"}',
+    "a lone surrogate": '{"\\ud800": "\\udfff"}',
+    "an empty key": '{"": {"": 1}}',
+    "deep arrays": "[" * 200 + "]" * 200,
+    "very deep arrays": "[" * 900 + "]" * 900,
+    "very deep objects": '{"a":' * 900 + "1" + "}" * 900,
+    "deeper than any parser": "[" * 5000 + "]" * 5000,
+    "wide": json.dumps(list(range(9000))),
+    "many fields": json.dumps({f"k{n}": n for n in range(2000)}),
+    "a long key": json.dumps({"k" * 2000: 1}),
+    "a number of a thousand digits": "1" * 1000,
+    "a number of five thousand digits": "1" * 5000,
+    "an exponent beyond everything": "1e999999",
+    "reserved keys": '{"_id": 1, "$integer": "AAAA", "$float": 1, "__proto__": 1, "constructor": 2}',
+    "minus nought": "-0.0",
+}
+
+
+async def test_any_json_arrives(db: Database, work: Work, mirrored: Mirrored, user: str) -> None:
+    mirror = Mirror(
+        name="nasty",
+        target="activity",
+        key=("id",),
+        query=f"""
+            select id, '{user}' as user_id, 'alert' as type, id as description, now() as timestamp, body as metadata
+            from nasty
+        """,
+        sources=(Source(table="nasty", key=("id",)),),
+    )
+    db.execute("create table nasty (id text primary key, body json)")
+    db.migrate([mirror])
+    for what, text in NASTY.items():
+        db.execute("insert into nasty values (%s, %s)", what, text)
+    async with work([mirror]) as running:
+        await eventually(lambda: mirrored.descriptions(user), sorted(NASTY), seconds=5)
+        assert running.log.of("key.parked") == []
+        found = {each["description"]: restore(each["metadata"]) for each in mirrored.activities(user)}
+        for what in ("a NUL", "a lone surrogate", "an empty key", "wide", "many fields", "reserved keys"):
+            assert json.loads(found[what]) == json.loads(NASTY[what])
+
+
+async def test_a_key_of_another_shape_than_before_is_no_obstacle(db: Database, work: Work, mirrored: Mirrored) -> None:
+    # The documents under the old keys are in Convex, and so are their names in the log.
+    name = f"shape-{uuid.uuid4().hex[:8]}"
+    db.execute("create table t (id text, part text); insert into t values ('a', '1'), ('b', '2')")
+    db.migrate([rows_of("t", name=name)])
+    async with work([rows_of("t", name=name)]):
+        await eventually(lambda: mirrored.keys(name), ["a", "b"])
+    db.execute("insert into t values ('c', '3')")
+    both = rows_of("t", name=name, key=("id", "part"))
+    db.migrate([both])
+    async with work([both]):
+        await eventually(lambda: mirrored.keys(name), ['["a", "1"]', '["b", "2"]', '["c", "3"]'])
+
+
+async def test_a_key_of_another_type_than_before_is_no_obstacle(db: Database, work: Work, mirrored: Mirrored) -> None:
+    name = f"type-{uuid.uuid4().hex[:8]}"
+    db.execute("create table t (id text, n int); insert into t values ('a', 1), ('b', 2)")
+    db.migrate([rows_of("t", name=name)])
+    async with work([rows_of("t", name=name)]):
+        await eventually(lambda: mirrored.keys(name), ["a", "b"])
+    changed = Mirror(
+        name=name,
+        target="activity",
+        key=("n",),
+        query="select n, 'u' as user_id, 'alert' as type, '' as description, now() as timestamp from t",
+        sources=(Source(table="t", key=("n",)),),
+    )
+    db.migrate([changed])
+    async with work([changed]):
+        # A key that no row can have has no row: it is a delete.
+        await eventually(lambda: mirrored.keys(name), ["1", "2"], seconds=5)
+
+
+# Who reads, and what is left.
+
+
+async def test_a_stopped_worker_lets_go_of_the_lease(db: Database, work: Work) -> None:
+    async with work() as running:
+        await running.said("session.open")
+        assert db.one("select holder is not null from cdc.checkpoint") is True
+        await running.stop()
+        assert db.one("select holder is null from cdc.checkpoint") is True
+        assert running.log.events[-2:] == ["worker.drained", "worker.stopped"]
+
+
+async def test_a_stop_while_convex_hangs_ends_with_the_drain_time(
+    mirrors: Sequence[Mirror], db: Database, fresh_convex: convex.LocalConvex, user: str
+) -> None:
+    settings = quick_settings(db.dsn, fresh_convex, CDC_DRAIN_SECONDS=0.2, CDC_CONVEX_TIMEOUT_SECONDS=60)
+    async with worker_at_work(settings, mirrors) as running:
+        await running.said("session.open")
+        fresh_convex.process.signal(signal.SIGSTOP)
+        check_in(db, user, "1")
+        await asyncio.sleep(0.2)
+        async with asyncio.timeout(3):
+            await running.stop()
+        assert running.log.of("worker.drain_timed_out")[0]["keys_left"] == 1
+        fresh_convex.process.signal(signal.SIGCONT)
+    mirrored = Mirrored(fresh_convex.url, fresh_convex.admin_key)
+    async with worker_at_work(quick_settings(db.dsn, fresh_convex), mirrors):
+        await eventually(lambda: len(mirrored.activities(user)), 1)
+
+
+async def test_a_backfill_command_is_noticed_soon(db: Database, work: Work, mirrored: Mirrored, tmp_path: Path) -> None:
+    mirror = rows_of("t", name=f"soon-{uuid.uuid4().hex[:8]}")
+    db.execute("create table t (id text primary key)")
+    db.migrate([mirror])
+    async with work([mirror]) as running:
+        await running.said("session.open")
+        await eventually(lambda: _asleep(db), expected=True)
+        db.execute(
+            "alter table t disable trigger user; insert into t values ('unseen');"
+            " alter table t enable always trigger cdc_insert"
+        )
+        env = environment(db.dsn, None, tmp_path / "cdc_worker.toml")
+        with child(tmp_path, env, "backfill", mirrors=[mirror]) as command:
+            assert await asyncio.to_thread(command.process.wait, 15) == 0
+        # Sooner than the 20 s after which it looks without being rung for.
+        await eventually(lambda: mirrored.keys(mirror.name), ["unseen"], seconds=4)

@@ -1,0 +1,216 @@
+"""The command `run` in a process of its own: signals, exit codes, two workers, and what stands in the log."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dev import local_convex as convex
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, rows_of
+from tests.integration.mirrored import Mirrored, eventually, free_port
+from tests.integration.running import Child, child, environment
+
+pytestmark = pytest.mark.one_postgres
+
+MIRRORS = (CHECK_INS, STATUS)
+SECRET_NOTE = "what nobody may read in a log"
+
+
+@pytest.fixture
+def user() -> str:
+    return f"user-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def db(database: str) -> Iterator[Database]:
+    with Database(database, TABLES, MIRRORS) as opened:
+        yield opened
+
+
+@pytest.fixture
+def mirrored(local_convex: convex.LocalConvex) -> Mirrored:
+    return Mirrored(local_convex.url, local_convex.admin_key)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return tmp_path / "cdc_worker.toml"
+
+
+def until(look: Callable[[], object], expected: object) -> None:
+    asyncio.run(eventually(look, expected))
+
+
+def check_in(db: Database, user: str, key: str) -> None:
+    db.execute(
+        """insert into "CheckIn" values (%s, %s, %s, %s, now())""",
+        f"{user}-{key}", user, SECRET_NOTE, json.dumps({"inside": SECRET_NOTE}),
+    )  # fmt: skip
+
+
+def test_sigterm_ends_it_in_order(
+    db: Database, local_convex: convex.LocalConvex, mirrored: Mirrored, config: Path, user: str
+) -> None:
+    with child(config.parent, environment(db.dsn, local_convex, config), mirrors=MIRRORS) as worker:
+        worker.said("session.open")
+        check_in(db, user, "1")
+        until(lambda: len(mirrored.activities(user)), 1)
+        started = time.monotonic()
+        worker.term()
+        assert worker.process.wait(10) == 0
+        assert time.monotonic() - started < 5
+        events = [line["event"] for line in worker.lines]
+        first = events.index("worker.stop_requested")
+        assert events[first:] == ["worker.stop_requested", "worker.stopping", "worker.drained", "worker.stopped"]
+        assert worker.process.stdout.read_text() == ""
+    assert db.one("select holder is null from cdc.checkpoint") is True
+
+
+def test_a_second_signal_ends_it_at_once(
+    db: Database, fresh_convex: convex.LocalConvex, config: Path, user: str
+) -> None:
+    env = environment(db.dsn, fresh_convex, config, CDC_DRAIN_SECONDS=25, CDC_CONVEX_TIMEOUT_SECONDS=300)
+    with child(config.parent, env, mirrors=MIRRORS) as worker:
+        worker.said("session.open")
+        fresh_convex.process.signal(signal.SIGSTOP)
+        check_in(db, user, "1")
+        until(lambda: "keys_under_way" in worker.said("worker.heartbeat"), expected=True)
+        worker.term()
+        worker.said("worker.stopping")
+        started = time.monotonic()
+        worker.process.signal(signal.SIGINT)
+        assert worker.process.wait(5) == 1
+        assert time.monotonic() - started < 1
+        assert worker.lines[-1]["event"] == "worker.killed"
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_second_worker_stands_by_and_takes_over(  # noqa: PLR0917  # fixtures
+    db: Database, local_convex: convex.LocalConvex, mirrored: Mirrored, config: Path, user: str, how: signal.Signals
+) -> None:
+    env = environment(db.dsn, local_convex, config, CDC_LEASE_SECONDS=30)
+    with (
+        child(config.parent, env, mirrors=MIRRORS, name="first") as first,
+        child(config.parent, env, name="second") as second,
+    ):
+        leader, standby = _in_order(first, second)
+        assert standby.said("lease.standby")["holder"] == leader.lines[0]["holder"]
+        check_in(db, user, "1")
+        until(lambda: len(mirrored.activities(user)), 1)
+        assert "session.open" not in [line["event"] for line in standby.lines]
+        leader.process.signal(how)
+        started = time.monotonic()
+        check_in(db, user, "2")
+        standby.said("session.open")
+        # Long before the lease would have run out.
+        assert time.monotonic() - started < 4
+        until(lambda: len(mirrored.activities(user)), 2)
+
+
+def _in_order(first: Child, second: Child) -> tuple[Child, Child]:
+    """Who has the lease, and who has not."""
+    deadline = time.monotonic() + 10
+    while True:
+        for one, other in ((first, second), (second, first)):
+            if "session.open" in [line["event"] for line in one.lines]:
+                return one, other
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_log_has_no_row_and_no_secret(
+    db: Database, local_convex: convex.LocalConvex, mirrored: Mirrored, config: Path, user: str
+) -> None:
+    # Everything that has something to say: rows that are parked for each reason, a broken mirror, a rescan.
+    query = CHECK_INS.query.replace(
+        "'check-in' as type", "case when id like '%%bad%%' then note else 'check-in' end as type"
+    )
+    failing = CHECK_INS.model_copy(update={"name": "failing", "query": query.replace("%%", "%")})
+    casting = rows_of('"CheckIn"', name="casting")
+    casting = casting.model_copy(update={"query": casting.query.replace("'row'", "(note::int)::text")})
+    mirrors = (failing, casting, STATUS)
+    db.migrate(mirrors)
+    env = environment(db.dsn, local_convex, config, LOG_LEVEL="DEBUG")
+    with child(config.parent, env, mirrors=mirrors) as worker:
+        worker.said("session.open")
+        check_in(db, user, "good")
+        check_in(db, user, "bad")
+        until(lambda: len(mirrored.activities(user)), 1)
+        worker.said("key.parked", times=2)
+        db.execute('alter table "CheckIn" rename column note to remark')
+        db.execute("""update "CheckIn" set remark = remark || ' again'""")
+        worker.said("mirror.broken")
+        worker.said("worker.heartbeat")
+        worker.term()
+        assert worker.process.wait(15) == 0
+        text = worker.process.stderr.read_text()
+        lines = worker.lines
+    assert {line["level"] for line in lines} >= {"debug", "info", "error"}
+    for line in lines:
+        assert line["event"].replace(".", "").replace("_", "").isalpha()
+        assert line["timestamp"].endswith("Z")
+    password = db.dsn.split(":")[2].split("@")[0]
+    for secret in (SECRET_NOTE, password, local_convex.admin_key, local_convex.admin_key.split("|")[1]):
+        assert secret not in text
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "no database": ({"DATABASE_URL": ""}, "DATABASE_URL is not set"),
+    "a bound": ({"CDC_BATCH_KEYS": "501"}, "CDC_BATCH_KEYS: Input should be less than or equal to 500 (it is '501')"),
+    "no config": ({"CDC_CONFIG": "nowhere.toml"}, "there is no nowhere.toml"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_a_wrong_setting_is_one_line_and_exit_2(db: Database, config: Path, what: str) -> None:
+    given, words = REFUSALS[what]
+    with child(config.parent, environment(db.dsn, None, config, **given), mirrors=None) as worker:
+        assert worker.process.wait(15) == 2
+        text = worker.process.stderr.read_text()
+    assert text.startswith(f"cdc-worker: {words}")
+    assert len(text.splitlines()) == 1
+
+
+def test_a_database_that_is_out_of_reach_is_one_line_and_exit_1(config: Path) -> None:
+    env = environment(f"postgresql://someone:s3cret@127.0.0.1:{free_port()}/nowhere", None, config)
+    with child(config.parent, env, "migrate", mirrors=MIRRORS) as command:
+        assert command.process.wait(15) == 1
+        text = command.process.stderr.read_text()
+    assert text.startswith("cdc-worker: the database is out of reach: ")
+    assert "s3cret" not in text
+    assert len(text.splitlines()) == 1
+
+
+def test_backfill_of_a_mirror_that_is_not_there(db: Database, config: Path) -> None:
+    with child(config.parent, environment(db.dsn, None, config), "backfill", "nothing", mirrors=MIRRORS) as command:
+        assert command.process.wait(15) == 2
+        assert 'no mirror "nothing" (there are: check-ins, status)' in command.process.stderr.read_text()
+
+
+def test_backfill_marks_every_row(db: Database, config: Path) -> None:
+    db.execute("""insert into "User" select n::text from generate_series(1, 2500) as n""")
+    db.captured()
+    db.execute("update cdc.backfill set phase = 'done'")
+    with child(config.parent, environment(db.dsn, None, config), "backfill", "status", mirrors=MIRRORS) as command:
+        assert command.process.wait(15) == 0
+        assert command.said("backfill.done")["keys"] == 2500
+    assert len(set(db.captured())) == 2500
+
+
+def test_the_environment_is_not_needed_for_help() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "cdc_worker", "--help"],
+        env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0
+    for word in ("run", "migrate", "backfill", "DATABASE_URL"):
+        assert word in ran.stdout

@@ -1,0 +1,102 @@
+"""Whatever bytes Convex, or somebody between us and Convex, answers: one of the closed set of outcomes."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from cdc_worker.deployment import _decode
+from cdc_worker.errors import FunctionFailed, Misconfigured, Transient
+from convex import ConvexError
+
+CLOSED = (Transient, Misconfigured, FunctionFailed, ConvexError)
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text() | st.sampled_from(["$integer", "$bytes", "$float", "$x"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+answers = st.fixed_dictionaries(
+    {},
+    optional={
+        "status": st.sampled_from(["success", "error", "other"]) | json_values,
+        "value": json_values,
+        "errorMessage": json_values,
+        "errorData": json_values,
+        "code": json_values,
+        "message": json_values,
+    },
+)
+statuses = st.sampled_from([200, 201, 204, 301, 302, 400, 401, 403, 404, 408, 421, 429, 500, 502, 503, 524, 560])
+
+
+def decode(status: int, body: bytes) -> Any:
+    try:
+        return _decode(status, body)
+    except CLOSED as outcome:
+        return type(outcome)
+
+
+@given(statuses | st.integers(100, 599), st.binary())
+@example(200, b"")
+@example(200, b"\xff\xfe")
+@example(200, b"[" * 100_000)
+@example(200, b'{"status":"success","value":' + b"[" * 980 + b"]" * 980 + b"}")
+@example(200, b'{"status":"error","errorMessage":' + b"[" * 980 + b"]" * 980 + b"}")
+@example(200, b'{"status":"success","value":' + b"1" * 5000 + b"}")
+@example(503, b"<html>")
+def test_any_bytes(status: int, body: bytes) -> None:
+    decode(status, body)
+
+
+@given(statuses, answers)
+@example(200, {"status": "error", "errorData": {"$integer": "x"}})
+@example(200, {"status": "error", "errorData": 5})
+@example(200, {"status": "error", "errorData": {"$x": 1}, "errorMessage": ["a"]})
+@example(200, {"status": "success", "value": {"$float": "AAAA"}})
+def test_any_answer(status: int, answer: dict[str, Any]) -> None:
+    decode(status, json.dumps(answer).encode())
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "outcome"),
+    [
+        (200, '{"status":"success","value":{"a":1.5}}', {"a": 1.5}),
+        (200, '{"status":"success","value":null}', None),
+        (200, '{"status":"error","errorMessage":"Server Error"}', FunctionFailed),
+        (560, '{"status":"error","errorMessage":"Server Error"}', FunctionFailed),
+        (200, '{"status":"error","errorMessage":"x","errorData":{"code":"y"}}', ConvexError),
+        (200, "<html>", Transient),
+        (200, "{}", Transient),
+        (302, "", Misconfigured),
+        (400, '{"code":"BadJsonBody","message":"x"}', Misconfigured),
+        (401, '{"code":"BadAdminKey"}', Misconfigured),
+        (403, '{"code":"BadDeployKey"}', Misconfigured),
+        (404, "", Misconfigured),
+        (408, "", Transient),
+        (429, '{"code":"TooManyWrites"}', Transient),
+        (500, '{"code":"InternalServerError"}', Transient),
+        (503, '{"code":"OptimisticConcurrencyControlFailure"}', Transient),
+        (502, "<html>", Transient),
+    ],
+)
+def test_the_table_of_facts(status: int, body: str, outcome: object) -> None:
+    found = decode(status, body.encode())
+    assert found == outcome or (isinstance(found, type) and isinstance(outcome, type) and issubclass(found, outcome))
+
+
+def test_special_floats() -> None:
+    assert math.isnan(_decode(200, b'{"status":"success","value":{"$float":"AAAAAAAA+H8="}}'))
+
+
+def test_a_message_is_one_line_without_arguments() -> None:
+    body = {"status": "error", "errorMessage": "ArgumentValidationError: Object: {secret}\nline two"}
+    with pytest.raises(FunctionFailed) as caught:
+        _decode(200, json.dumps(body).encode())
+    assert str(caught.value) == "ArgumentValidationError: "

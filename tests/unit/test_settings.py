@@ -1,0 +1,152 @@
+"""Settings: what is refused is named, with its bound and its value; secrets never are."""
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdc_worker.errors import ConfigError
+from cdc_worker.settings import Settings, load_settings
+
+DSN = "postgres://someone:s3cret@localhost/application"
+
+
+@pytest.fixture(autouse=True)
+def _empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        monkeypatch.delenv(name)
+
+
+def load(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Settings:
+    for name, value in {"DATABASE_URL": DSN, **environment}.items():
+        monkeypatch.setenv(name, value)
+    return load_settings(Settings)
+
+
+def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch)
+    assert settings.database_url.get_secret_value() == DSN
+    assert settings.convex_url is None
+    assert str(settings.config) == "cdc_worker.toml"
+    assert settings.log_level == "INFO"
+    # What is read in one run must be noted well before the platform kills.
+    assert settings.drain_seconds < 25
+
+
+def test_a_missing_database_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^DATABASE_URL is not set$"):
+        load_settings(Settings)
+
+
+def test_empty_is_as_good_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch, CONVEX_URL="", CDC_BATCH_KEYS="", LISTEN_DATABASE_URL="")
+    assert settings.convex_url is None
+    assert settings.listen_database_url is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "url"),
+    [
+        ({"CONVEX_URL": "https://a.convex.cloud"}, "https://a.convex.cloud"),
+        ({"CONVEX_URL": "https://a.convex.cloud/"}, "https://a.convex.cloud"),
+        ({"NEXT_PUBLIC_CONVEX_URL": "https://b.convex.cloud"}, "https://b.convex.cloud"),
+        (
+            {"CONVEX_URL": "https://a.convex.cloud", "NEXT_PUBLIC_CONVEX_URL": "https://b.convex.cloud"},
+            "https://a.convex.cloud",
+        ),
+        ({"CONVEX_URL": "", "NEXT_PUBLIC_CONVEX_URL": "https://b.convex.cloud"}, "https://b.convex.cloud"),
+    ],
+)
+def test_where_convex_is(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], url: str) -> None:
+    assert load(monkeypatch, **environment).convex_url == url
+
+
+BOUNDS = [
+    ("CDC_BATCH_KEYS", "0", "greater than or equal to 1"),
+    ("CDC_BATCH_KEYS", "501", "less than or equal to 500"),
+    ("CDC_BATCH_KEYS", "many", "valid integer"),
+    ("CDC_BATCH_BYTES", "65535", "greater than or equal to 65536"),
+    ("CDC_BATCH_BYTES", "8388609", "less than or equal to 8388608"),
+    ("CDC_IN_FLIGHT", "17", "less than or equal to 16"),
+    ("CDC_PAGE_ROWS", "10001", "less than or equal to 10000"),
+    ("CDC_POLL_SECONDS", "0", "greater than or equal to 0.01"),
+    ("CDC_POLL_SECONDS", "nan", "less than or equal to 60|finite"),
+    ("CDC_LEASE_SECONDS", "2.9", "greater than or equal to 3"),
+    ("CDC_CONVEX_TIMEOUT_SECONDS", "301", "less than or equal to 300"),
+    ("CDC_BACKOFF_SECONDS", "inf", "less than or equal to 300|finite"),
+    ("CDC_STATEMENT_SECONDS", "-1", "greater than or equal to 0.1"),
+    ("CDC_DRAIN_SECONDS", "26", "less than or equal to 25"),
+    ("CDC_HEARTBEAT_SECONDS", "0", "greater than or equal to 1"),
+    ("LOG_LEVEL", "LOUD", "'DEBUG', 'INFO', 'WARNING' or 'ERROR'"),
+    ("LOG_FORMAT", "xml", "'console' or 'json'"),
+    ("CONVEX_URL", "a.convex.cloud", "must be an address like https://"),
+    ("CONVEX_URL", "ftp://a.convex.cloud", "must be an address like https://"),
+    ("NEXT_PUBLIC_CONVEX_URL", "nonsense", "must be an address like https://"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "bound"), BOUNDS)
+def test_a_refusal_names_setting_bound_and_value(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, bound: str
+) -> None:
+    with pytest.raises(ConfigError, match=bound) as caught:
+        load(monkeypatch, **{name: value})
+    (line,) = str(caught.value).splitlines()
+    if not name.startswith("NEXT_"):
+        assert line.startswith(f"{name}: ")
+    assert value in line
+
+
+def test_all_refusals_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(monkeypatch, CDC_BATCH_KEYS="0", CDC_IN_FLIGHT="0", DATABASE_URL="postgres://u:s3cret@[h/d")
+    named = {line.split(":")[0] for line in str(caught.value).splitlines()}
+    assert named == {"DATABASE_URL", "CDC_BATCH_KEYS", "CDC_IN_FLIGHT"}
+    assert "s3cret" not in str(caught.value)
+
+
+def test_levels_are_taken_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(monkeypatch, LOG_LEVEL="debug").log_level == "DEBUG"
+
+
+@pytest.mark.parametrize("name", ["DATABASE_URL", "LISTEN_DATABASE_URL"])
+@given(rest=st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"])))
+def test_a_connection_string_never_stands_in_a_refusal(name: str, rest: str) -> None:
+    secret = "pa55word"
+    said = ""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        try:
+            settings = load(monkeypatch, **{name: f"postgres://user:{secret}@{rest}"})
+        except ConfigError as error:
+            said = str(error)
+        else:
+            assert secret not in repr(settings)
+            return
+    assert secret not in said
+    assert said.startswith(f"{name}: is no connection string")
+
+
+def test_what_is_loaded_hides_its_secrets_and_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch, CONVEX_DEPLOY_KEY="prod:a|deploy-s3cret")
+    assert "s3cret" not in f"{settings!r} {settings}"
+    with pytest.raises(ValueError, match="frozen"):
+        settings.__setattr__("batch_keys", 7)
+
+
+@pytest.mark.parametrize("key", ["prod:a|secret\n", "prod:a|sécret"])
+def test_a_deploy_key_that_no_header_can_hold_is_refused_or_mended(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    # A trailing newline is what a form, or a careless $(cat file), leaves behind.
+    said = ""
+    try:
+        settings = load(monkeypatch, CONVEX_DEPLOY_KEY=key)
+    except ConfigError as error:
+        said = str(error)
+    else:
+        assert settings.convex_deploy_key is not None
+        found = settings.convex_deploy_key.get_secret_value()
+        assert found.isascii()
+        assert found.isprintable()
+        return
+    assert said.startswith("CONVEX_DEPLOY_KEY: ")
+    assert "secret" not in said
