@@ -12,6 +12,8 @@ pay for a new TLS session.
 """
 
 import asyncio
+import atexit
+import contextlib
 import json
 import os
 import threading
@@ -178,6 +180,10 @@ class _Loop:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._deployment: tuple[ConvexSettings, Deployment] | None = None
 
+    @property
+    def started(self) -> bool:
+        return self._loop is not None
+
     def get(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
@@ -188,11 +194,10 @@ class _Loop:
     async def deployment(self, settings: ConvexSettings) -> Deployment:
         """The connections to the deployment of these settings. Runs in the loop, so calls never overlap half-way."""
         if self._deployment is not None:
-            known, open_already = self._deployment
+            known, opened = self._deployment
             if known == settings:
-                return open_already
-            self._deployment = None
-            await open_already.__aexit__(None, None, None)
+                return opened
+            await self.close()
         assert settings.convex_url is not None
         made = await Deployment(
             settings.convex_url, settings.convex_deploy_key, timeout_seconds=settings.convex_timeout_seconds
@@ -201,13 +206,47 @@ class _Loop:
         return made
 
 
+    async def close(self) -> None:
+        if self._deployment is not None:
+            _, opened = self._deployment
+            self._deployment = None
+            await opened.__aexit__(None, None, None)
+
+
 _LOOP = _Loop()
+
+
+def _hang_up() -> None:
+    """At the end of the process: connections are closed in order, but nobody waits long for it."""
+    if _LOOP.started:
+        with contextlib.suppress(TimeoutError):
+            _submit(_LOOP.close()).result(timeout=1.0)
+
+
+atexit.register(_hang_up)
 
 
 def _forget() -> None:
     """In a forked child the thread is gone, and the connections are the parent's."""
     global _LOOP  # noqa: PLW0603  # the one place that replaces it
-    _LOOP = _Loop()
+        async def close(self) -> None:
+        if self._deployment is not None:
+            _, opened = self._deployment
+            self._deployment = None
+            await opened.__aexit__(None, None, None)
+
+
+_LOOP = _Loop()
+
+
+def _hang_up() -> None:
+    """At the end of the process: connections are closed in order, but nobody waits long for it."""
+    if _LOOP.started:
+        with contextlib.suppress(TimeoutError):
+            _submit(_LOOP.close()).result(timeout=1.0)
+
+
+atexit.register(_hang_up)
 
 
 os.register_at_fork(after_in_child=_forget)

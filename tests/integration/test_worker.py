@@ -187,8 +187,8 @@ async def test_only_the_last_of_many_changes_is_delivered(
     async with work() as running:
         await eventually(lambda: mirrored.descriptions(user), ["99"])
         await running.stop()
-    # The first update changed nothing.
-    assert db.one("select count(*) from cdc.outbox") == 100
+    # The first update changed nothing; the first start's own rescan may have marked the key once more.
+    assert db.one("select count(*) from cdc.outbox") in {100, 101}
 
 
 async def test_what_was_acknowledged_is_not_read_again(db: Database, work: Work, mirrored: Mirrored, user: str) -> None:
