@@ -205,7 +205,6 @@ class _Loop:
         self._deployment = (settings, made)
         return made
 
-
     async def close(self) -> None:
         if self._deployment is not None:
             _, opened = self._deployment
@@ -229,24 +228,7 @@ atexit.register(_hang_up)
 def _forget() -> None:
     """In a forked child the thread is gone, and the connections are the parent's."""
     global _LOOP  # noqa: PLW0603  # the one place that replaces it
-        async def close(self) -> None:
-        if self._deployment is not None:
-            _, opened = self._deployment
-            self._deployment = None
-            await opened.__aexit__(None, None, None)
-
-
-_LOOP = _Loop()
-
-
-def _hang_up() -> None:
-    """At the end of the process: connections are closed in order, but nobody waits long for it."""
-    if _LOOP.started:
-        with contextlib.suppress(TimeoutError):
-            _submit(_LOOP.close()).result(timeout=1.0)
-
-
-atexit.register(_hang_up)
+    _LOOP = _Loop()
 
 
 os.register_at_fork(after_in_child=_forget)
