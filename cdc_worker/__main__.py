@@ -143,7 +143,8 @@ async def _backfill_one(database: Database, mirror_id: int, plan: Plan, progress
         await rescans.request(database, mirror_id, with_documents=True, reason="backfill command")
         marked = 0
     name = plan.mirror.name
-    log.info("backfill.started", mirror=name, resumed=resumed, already_marked=marked)
+    if progress.disable:  # the bar says the same
+        log.info("backfill.started", mirror=name, resumed=resumed, already_marked=marked)
     bar = progress.add_task(name, total=max(marked, await rescans.estimate(database, plan)), completed=marked)
     started = time.monotonic()
     while (await rescans.state(database, mirror_id))[0] == "rows":
@@ -154,8 +155,9 @@ async def _backfill_one(database: Database, mirror_id: int, plan: Plan, progress
         await ring(database)
         marked = step.total_marked
         progress.update(bar, completed=marked)
-    progress.update(bar, completed=marked, total=max(marked, 1))
-    log.info("backfill.done", mirror=name, keys=marked, took_seconds=round(time.monotonic() - started, 1))
+    progress.update(bar, completed=marked, total=marked)
+    if progress.disable:
+        log.info("backfill.done", mirror=name, keys=marked, took_seconds=round(time.monotonic() - started, 1))
 
 
 parked = typer.Typer(
