@@ -38,7 +38,7 @@ TOLERANCES: Final = {
     "transactions": 0.10,
     "bytes_to_postgres": 0.10,
     "bytes_from_postgres": 0.02,
-    "wal_bytes": 0.03,
+    "wal_bytes": 0.05,
     # By chance one more in the time that is looked at.
     "renewals_in_a_lease": 0.40,
 }
