@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cdc_worker.catalog import Plan
-from cdc_worker.safe_json import parse
+from cdc_worker.safe_json import is_plain, parse
 
 # A document may have 1 MiB in Convex' own count, which a JSON text is close to. What is nearer the limit than
 # this estimate tells is refused by Convex itself, and parked all the same.
@@ -56,6 +56,12 @@ class Event:
     problem: Problem | None = None
 
 
+class _Spliced(str):
+    """Metadata that is its own safe JSON: it goes into the event as the text that it is."""
+
+    __slots__ = ()
+
+
 def document(plan: Plan, values: Sequence[Any]) -> dict[str, Any]:
     """The document of a row; `values` are the plan's columns. Raises UnfitRow."""
     fields: dict[str, Any] = {}
@@ -66,27 +72,35 @@ def document(plan: Plan, values: Sequence[Any]) -> dict[str, Any]:
             continue
         if name in _TIMES and not math.isfinite(value):
             raise UnfitRow(f"{name} is infinite")
-        if name == "metadata":
-            try:
-                fields["metadata"] = parse(value)
-            except ValueError as error:
-                raise UnfitRow(f"metadata cannot be read as JSON ({type(error).__name__})") from None
-        else:
-            fields[_NAMES[name]] = value
+        fields[_NAMES[name]] = _metadata(value) if name == "metadata" else value
     return fields
+
+
+def _metadata(text: str) -> Any:
+    if is_plain(text):
+        return _Spliced(text)
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise UnfitRow(f"metadata cannot be read as JSON ({type(error).__name__})") from None
 
 
 def event(plan: Plan, mirror_id: int, key: str, number: int, fields: dict[str, Any] | None) -> Event:
     """The event that sets a key's document, or deletes it (`fields` None). Raises UnfitRow for one that is too
     large.
     """
+    spliced = fields.pop("metadata") if fields is not None and isinstance(fields.get("metadata"), _Spliced) else None
     value: dict[str, Any] = {
         "key": f"{plan.mirror.name}:{key}",
         "number": float(number),
         "target": plan.mirror.target,
         "document": fields,
     }
-    text = _ENCODER.encode(value).encode()
-    if len(text) > LARGEST_DOCUMENT:
-        raise UnfitRow(f"the document has {len(text)} bytes, Convex holds {LARGEST_DOCUMENT}")
-    return Event(mirror_id, key, text)
+    text = _ENCODER.encode(value)
+    if spliced is not None:
+        # The document is the event's last field, and has others before this one.
+        text = f'{text[:-2]},"metadata":{spliced}}}}}'
+    encoded = text.encode()
+    if len(encoded) > LARGEST_DOCUMENT:
+        raise UnfitRow(f"the document has {len(encoded)} bytes, Convex holds {LARGEST_DOCUMENT}")
+    return Event(mirror_id, key, encoded)

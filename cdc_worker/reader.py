@@ -15,7 +15,7 @@ from cdc_worker.outbox import Position, look
 _READER = "the log in Postgres"
 # After a busy time the next change is likely soon: short pauses that double, and the bell is not worth its statements.
 _FIRST_PAUSE_SECONDS = 0.002
-_LIKELY_SECONDS = 0.015
+_LIKELY_SECONDS = 0.003
 # The bell is trusted for so long; then one look, which also moves the position on.
 _LOOKOUT_SECONDS = 30.0
 # What may wait in memory. Bytes are the bound that matters; keys keep the lanes' own bookkeeping small.
@@ -88,7 +88,7 @@ class Reader:
         return not self._stopping
 
     async def _step(self) -> bool:
-        """Reads one page; False if there was none."""
+        """Reads one page; False if it was the last, as far as can be known: then it is worth to rest a while."""
         self._number += 1
         readings = await self._late.read(self.position, self._number)
         page = readings.page
@@ -101,7 +101,7 @@ class Reader:
             self.caught_up.clear()
         self._lanes.add(page.end, readings.events, since=time.monotonic() - page.age_seconds)
         self._added()
-        return True
+        return page.end.window_end is not None
 
     async def _rest(self) -> None:
         """Returns when there may be something to read: rung, polled, or woken."""

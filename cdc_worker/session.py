@@ -68,6 +68,8 @@ class Session:
         self._lanes = Lanes()
         self._tally = tally
         self._settled = asyncio.Event()
+        self._saved: Position | None = None
+        self._renewed_at = 0.0
         # When it opened its shard (monotonic): a stop then drains it, rather than to cut it short.
         self.opened_at: float | None = None
 
@@ -166,7 +168,8 @@ class Session:
 
         def added() -> None:
             sender.wake()
-            self._settled.set()  # a page without keys is acknowledged as it is
+            if not self._lanes.keys:
+                self._settled.set()  # a page without keys is acknowledged as it is
 
         reader = Reader(
             self._database,
@@ -227,8 +230,9 @@ class Session:
                     await self._settled.wait()
             self._settled.clear()
             reader.freed()
-            if not await self._save(reader):
+            if not await self._save(reader) and time.monotonic() - self._renewed_at > self._settings.lease_seconds / 4:
                 await self._checkpoint.renew()
+                self._renewed_at = time.monotonic()
             self._liveness.moved(_CHECKPOINT)
             await asyncio.sleep(_CHECKPOINT_SECONDS)
 
@@ -237,7 +241,8 @@ class Session:
         position: Position | None = self._lanes.acknowledged()
         if self._lanes.idle:
             position = reader.position
-        if position is None:
+        if position is None or position == self._saved:
             return False
         await self._checkpoint.save(position)
+        self._saved, self._renewed_at = position, time.monotonic()
         return True

@@ -10,7 +10,7 @@ from convex.values import convex_to_json
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cdc_worker.safe_json import DEEPEST, LONGEST_KEY, MOST_FIELDS, MOST_ITEMS, parse, restore
+from cdc_worker.safe_json import DEEPEST, LONGEST_KEY, MOST_FIELDS, MOST_ITEMS, is_plain, parse, restore
 
 # Every code unit that JSON can name, lone surrogates and NUL among them, and what the rule itself is written with.
 characters = st.characters() | st.sampled_from("\x00\ud800\udfff~{}$_json7e\x7fü")
@@ -151,3 +151,31 @@ def test_any_text_is_taken_or_a_value_error(text: str) -> None:
 def test_what_convex_can_hold_stays_as_it_is() -> None:
     value = {"a": [1.0, 0.5, True, None, "text ~ with ü"], "_under": {"b c": {}}}
     assert parse(json.dumps(value)) == value
+
+
+@given(values)
+@example({"a": 1, "b": [True, None, "x"], "c": {"d": 0.1}})
+def test_what_is_plain_is_what_parse_makes_of_it(value: Any) -> None:
+    text = written(value)
+    if is_plain(text):
+        assert json.loads(text, parse_int=float) == parse(text)
+        assert exact(restore(parse(text))) == exact(text)
+        assert "~{" not in json.dumps(parse(text))
+
+
+def test_common_metadata_is_plain_and_what_the_rule_looks_at_is_not() -> None:
+    assert is_plain('{"mood": "ok", "level": 3, "at": 1795390120109, "tags": ["a", "b"], "ratio": 0.25, "note": null}')
+    for text in NUMBERS[1:]:
+        if parse(f"[{text}]") != [float(text)] or "-0" in text:
+            assert not is_plain(f"[{text}]"), text
+    unplain = (
+        '{"": 1}',
+        '{"$a": 1}',
+        '["~{json}1"]',
+        '{"\\u00e9": 1}',
+        '{"__proto__": 1}',
+        "[" * 14 + "]" * 14,
+        '["é"]',
+    )
+    for text in unplain:
+        assert not is_plain(text), text
