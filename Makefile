@@ -19,7 +19,7 @@ NPM := npm --prefix dev --no-update-notifier
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test check unit integration test-ts format pins clean mutants
+.PHONY: help setup demo test check unit integration test-ts format pins clean mutants bench
 
 help: ## this text
 	@echo 'cdc_worker: rows of an application in Postgres appear in Convex.'
@@ -96,6 +96,9 @@ $(NODE_DONE): $(PINS_DONE) dev/package.json dev/package-lock.json
 COMPILE = UV_CUSTOM_COMPILE_COMMAND='make pins' $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
   --no-emit-index-url --no-emit-find-links --no-emit-build-options
 PINS_TMP := $(VENV)/pins.txt
+
+bench: setup ## measure, against what a user would pick instead (ARGS="drain --quick"); writes docs/performance.*
+	@$(BIN)/python -m dev.bench $(ARGS)
 
 mutants: setup ## break the worker on purpose, and show that the property test notices (100 s)
 	@$(BIN)/python -m dev.mutants $(ARGS)
