@@ -78,15 +78,13 @@ class Outage:
     def _say(self, error: Transient | Misconfigured) -> None:
         now = time.monotonic()
         self._tries += 1
-        first = self._since is None
-        if first:
+        if self._since is None:
             self._since = now
             self._over.clear()
-        assert self._since is not None
-        # A link that comes and goes is said once in a while, not each time.
+        # Of a link that comes and goes less and less is said; an outage that lasts is said in any case.
         if now - self._said >= _REMINDER_SECONDS:
             self._silence = _SILENCE_SECONDS
-        if now - self._said >= (self._silence if first else _REMINDER_SECONDS):
+        if now - self._said >= (_REMINDER_SECONDS if self._said_this else self._silence):
             self._said = now
             self._said_this = True
             self._silence = min(self._silence * 2, _REMINDER_SECONDS)
