@@ -93,7 +93,7 @@ async def test_rows_from_before_and_after_the_start_arrive(
         await eventually(lambda: mirrored.descriptions(user), ["changed"])
         db.execute("""update "CheckIn" set id = id || 'moved'""")
         await eventually(lambda: mirrored.keys(mirrors[0].name), [f"{user}-2moved"])
-        db.execute('truncate "CheckIn"')
+        await asyncio.to_thread(db.execute, 'truncate "CheckIn"')
         await eventually(lambda: mirrored.descriptions(user), [])
 
 
@@ -493,9 +493,14 @@ async def test_a_table_that_is_dropped_and_comes_back(
     async with work() as running:
         check_in(db, user, "1", "first")
         await eventually(lambda: mirrored.descriptions(user), ["first"])
-        with db.connection.transaction():
-            check_in(db, user, "2", "last")
-            db.execute('drop table "CheckIn"')
+
+        def drop() -> None:
+            with db.connection.transaction():
+                check_in(db, user, "2", "last")
+                db.execute('drop table "CheckIn"')
+
+        # In a thread, as above.
+        await asyncio.to_thread(drop)
         await running.said("mirror.broken")
         db.execute("""insert into "User" values (%s)""", user)
         await eventually(lambda: mirrored.status(user), {"userId": user})
@@ -526,7 +531,7 @@ async def test_a_table_that_is_locked_holds_up_no_other_mirror(
             altering.execute("""insert into "CheckIn" values (%s, %s, null, null, now())""", (f"{user}-1", user))
             altering.commit()
             await eventually(lambda: len(mirrored.activities(user)), 1)
-            altering.execute('lock table "CheckIn" in access exclusive mode')
+            await asyncio.to_thread(altering.execute, 'lock table "CheckIn" in access exclusive mode')
             # A change of it that is in the log already.
             db.execute(
                 "insert into cdc.outbox (slot, mirror, key) select 0, id, %s from cdc.mirror where name = %s",
@@ -728,9 +733,10 @@ async def test_a_backfill_command_is_noticed_soon(db: Database, work: Work, mirr
     async with work([mirror]) as running:
         await running.said("session.open")
         await eventually(lambda: _asleep(db), expected=True)
-        db.execute(
+        await asyncio.to_thread(
+            db.execute,
             "alter table t disable trigger user; insert into t values ('unseen');"
-            " alter table t enable always trigger cdc_insert"
+            " alter table t enable always trigger cdc_insert",
         )
         env = environment(db.dsn, None, tmp_path / "cdc_worker.toml")
         with child(tmp_path, env, "backfill", mirrors=[mirror]) as command:
