@@ -473,10 +473,11 @@ async def test_a_query_that_breaks_parks_its_keys_and_comes_back(
         await eventually(lambda: mirrored.status(user), {"userId": user})
         said = await running.said("mirror.broken")
         assert (said["mirror"], said["cause"]) == (mirrors[0].name, 'column "note" does not exist')
-        parked = "select key, class, reason, attempts from cdc.parked_key order by key"
+        # Not how often: the rescan of the first start may come to a key as well.
+        parked = "select key, class, reason from cdc.parked_key order by key"
         reason = 'column "note" does not exist'
-        both = [(f"{user}-{n}", "mirror", reason, 1) for n in (1, 2)]
-        await eventually(lambda: [(k, c, r.rpartition(": ")[2], a) for k, c, r, a in db.execute(parked)], both)
+        both = [(f"{user}-{n}", "mirror", reason) for n in (1, 2)]
+        await eventually(lambda: [(k, c, r.rpartition(": ")[2]) for k, c, r in db.execute(parked)], both)
         assert mirrored.descriptions(user) == ["fine"]
         await asyncio.to_thread(db.execute, """alter table "CheckIn" rename column remark to note""")
         await running.said("mirror.mended")
