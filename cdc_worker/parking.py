@@ -28,6 +28,7 @@ _RETRY = """
 insert into cdc.outbox (slot, mirror, key)
 select coalesce(pg_sequence_last_value('cdc.slot'::regclass), 0), mirror, key
 from cdc.parked_key where mirror = $1 and class = 'mirror'
+returning 1
 """
 
 _LIST = """
@@ -85,7 +86,8 @@ class Parking:
 
     async def retry_mirror(self, mirror_id: int) -> None:
         """The mirror's query runs again: its keys are read anew."""
-        await self._database.execute(_RETRY, mirror_id)
+        if await self._database.execute(_RETRY, mirror_id):
+            await ring(self._database)  # the reader may be asleep
 
 
 @dataclass(frozen=True)
