@@ -60,6 +60,7 @@ _ONCE: Final = """
             await self._parking._database.execute(
                 "insert into cdc.outbox (slot, mirror, key) values (0, $1, $2)", event.mirror_id, event.key
             )
+        await self._parking._database.execute("select pg_notify('cdc_outbox', '')")
         return {"outcome": "applied", "verdicts": ["stale"] * len(events)}
 
 """
