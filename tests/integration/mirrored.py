@@ -39,6 +39,16 @@ class Mirrored:
         assert isinstance(found, list)
         return found
 
+    def count(self, mirror: str, target: str = "activity", *, page: int = 1000) -> int:
+        """How many keys there are, counted page by page; large documents need small pages."""
+        counted, after = 0, None
+        while True:
+            args: dict[str, Any] = {"mirror": mirror, "target": target, "after": after, "limit": page}
+            found = self._client.query("cdc:keys", args)
+            if not found:
+                return counted
+            counted, after = counted + len(found), found[-1]
+
 
 def _content(document: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in document.items() if not name.startswith("_")}
