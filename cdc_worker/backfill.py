@@ -31,6 +31,8 @@ set phase = $2, after = $3, marked = marked + $4, again = $5,
     finished_at = case when $2 = 'done' then clock_timestamp() end
 where mirror = $1
 """
+# What is parked may have neither a row nor a document any more: only so does it come to be settled.
+_PARKED = "select key from cdc.parked_key where mirror = $1"
 _CONFIGURED = "select id from cdc.mirror where configured"
 _STATE = "select phase, marked, again from cdc.backfill where mirror = $1"
 
@@ -112,6 +114,8 @@ async def step(database: Database, plans: dict[int, Plan], list_documents: ListD
         else:
             keys, following = await _next_rows(connection, plan, after), "documents" if with_documents else "done"
         await mark(connection, mirror_id, keys)
+        if phase == "rows" and len(keys) < PAGE_KEYS:
+            await mark(connection, mirror_id, [key for (key,) in await fetch(connection, _PARKED, mirror_id)])
         # Documents are listed by a query that may give fewer than asked for: only an empty page is the end.
         finished = len(keys) < PAGE_KEYS if phase == "rows" else not keys
         upcoming = phase if not finished else "rows" if following == "done" and again else following

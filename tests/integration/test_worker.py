@@ -622,6 +622,18 @@ async def test_a_document_that_convex_rejects_is_parked_alone(
         )
 
 
+async def test_a_parked_key_whose_table_was_truncated_is_settled(db: Database, work: Work, user: str) -> None:
+    db.execute("create table ratio (id int primary key, owner text, n int)")
+    db.migrate([POISON])
+    db.execute("insert into ratio values (1, %s, 0)", user)
+    async with work([POISON]) as running:
+        await running.said("key.parked")
+        await running.said("backfill.done")
+        # Neither a row nor a document is left to lead a rescan to the key.
+        await asyncio.to_thread(db.execute, "truncate ratio")
+        await eventually(lambda: db.execute("select key from cdc.parked_key"), [])
+
+
 NASTY = {
     "a NUL": '{"a": "\\u0000"}',
     "a lone surrogate": '{"\\ud800": "\\udfff"}',
