@@ -1,8 +1,8 @@
-"""Breaks the worker on purpose, one way at a time, and shows that the property test notices.
+"""Breaks the worker on purpose, one way at a time, and shows that the fault suite notices.
 
     python -m dev.mutants                    all of them
     python -m dev.mutants id_cursor          these
-    python -m dev.mutants --generated-only   without the schedules that are written down in the test
+    python -m dev.mutants --seeds 200        that many schedules at the most for each
 
 A mutant is a change of text in a copy of this project: words that stand in one file exactly once, and what stands
 there instead. When they no longer do, that is said, and fails: a mutant that changes nothing proves nothing.
@@ -12,19 +12,20 @@ What each one does to the protocol is in the model of the design; taking out the
 
 import argparse
 import dataclasses
+import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 ROOT: Final = Path(__file__).parent.parent
-TEST: Final = "tests/integration/test_convergence.py"
-_COPIED: Final = ("cdc_worker", "convex", "dev", "migrations", "tests", "pyproject.toml")
+SEEDS: Final = 150
+_COPIED: Final = ("cdc_worker", "convex", "dev", "migrations", "pyproject.toml")
 _NOT_COPIED: Final = shutil.ignore_patterns("node_modules", "__pycache__", ".*")
 _MINUTES: Final = 10
 
@@ -212,62 +213,80 @@ def changed(mutant: Mutant) -> dict[str, str]:
     return texts
 
 
-def noticed(mutant: Mutant, *, generated_only: bool = False, verbose: bool = False) -> str | None:
-    """Runs the property test on the mutant: what it found, in a line, or None if it passed. Raises Misfit."""
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What the suite found in a mutant, if anything, and how many schedules it took."""
+
+    schedules: int
+    seed: str | None = None
+    what: str = ""
+
+
+def tried(mutant: Mutant, *, seeds: int = SEEDS, verbose: bool = False) -> Outcome:
+    """Plays schedules, made from seeds alone, on the mutant until something is found. Raises Misfit."""
     with tempfile.TemporaryDirectory(prefix=f"cdc-{mutant.name}-") as name:
         folder = Path(name)
         make(mutant, folder)
-        environment = {**os.environ, "PYTHONPATH": name, "PYTHONDONTWRITEBYTECODE": "1", "CI": ""}
-        if generated_only:
-            environment["CDC_GENERATED_ONLY"] = "1"
+        report = folder / "report.json"
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", TEST, "--postgres", "wheel", "-x", "-q", "-p", "no:cacheprovider"],
+            [sys.executable, "-m", "dev.chaos", "--seeds", str(seeds), "--stop", "--report", str(report)],
             cwd=folder,
-            env=environment,
+            env={**os.environ, "PYTHONPATH": name, "PYTHONDONTWRITEBYTECODE": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=_MINUTES * 60,
             check=False,
         )
-    said = done.stdout.decode(errors="replace")
-    if verbose:
-        print(said)
-    if done.returncode == 0:
-        return None
-    # A mutant that only breaks the worker shows nothing: Convex must be wrong while the worker is content.
-    found = re.search(r"AssertionError: (schedule \d+: .*Convex is not as Postgres:(?:\n(?!E +\n).*){0,3})", said)
-    if done.returncode != 1 or found is None:
-        raise Misfit(f"{mutant.name}: the test fails, and not because Convex differs from Postgres\n{said[-3000:]}")
-    return re.sub(r"\s*\nE\s+", " ", found[1])[:300]
+        said = done.stdout.decode(errors="replace")
+        if verbose:
+            print(said)
+        if not report.exists():
+            raise Misfit(f"{mutant.name}: the suite did not come to its end\n{said[-3000:]}")
+        return _outcome(mutant, json.loads(report.read_text(encoding="utf-8")))
+
+
+def _outcome(mutant: Mutant, figures: Mapping[str, Any]) -> Outcome:
+    for finding in figures["findings"]:
+        for kind, what in finding["found"]:
+            # A mutant that only breaks the worker shows nothing: Convex must be wrong while the worker is content.
+            if kind != "stuck":
+                said = " ".join(f"{kind} {finding['when']}: {what}".split())
+                return Outcome(figures["schedules"], finding["name"], said)
+    if figures["findings"]:
+        raise Misfit(f"{mutant.name}: nothing moves any more, which proves nothing: {figures['findings'][0]}")
+    return Outcome(figures["schedules"])
 
 
 def main() -> int:
     """Exit 0 if every mutant was noticed that must be, and no other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="MUTANT", help=", ".join(mutant.name for mutant in MUTANTS))
-    parser.add_argument("--generated-only", action="store_true", help="only what Hypothesis makes")
-    parser.add_argument("--verbose", action="store_true", help="print what pytest says")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"schedules at the most for each (default: {SEEDS})")
+    parser.add_argument("--verbose", action="store_true", help="print what the suite says")
     asked = parser.parse_args()
     unknown = set(asked.names) - {mutant.name for mutant in MUTANTS}
     if unknown:
         parser.error(f"there is no mutant {', '.join(sorted(unknown))}")
-    wrong = 0
-    for mutant in MUTANTS:
-        if asked.names and mutant.name not in asked.names:
-            continue
-        started = time.monotonic()
-        try:
-            found = noticed(mutant, generated_only=asked.generated_only, verbose=asked.verbose)
-            as_it_should = (found is not None) == mutant.noticed
-        except Misfit as misfit:
-            found, as_it_should = str(misfit), False
-        wrong += not as_it_should
-        print(
-            "ok   " if as_it_should else "WRONG", f"{mutant.name:22} {time.monotonic() - started:5.1f} s  {mutant.what}"
-        )
-        print(f"      {found or 'not noticed'}", flush=True)
-    return int(wrong > 0)
+    chosen = [mutant for mutant in MUTANTS if not asked.names or mutant.name in asked.names]
+    print(f"{len(chosen)} mutants, each until it is noticed or {asked.seeds} schedules have been played\n")
+    return int(sum(not _judged(mutant, asked) for mutant in chosen) > 0)
+
+
+def _judged(mutant: Mutant, asked: argparse.Namespace) -> bool:
+    """Prints what became of it; whether that is as it should be."""
+    started = time.monotonic()
+    try:
+        outcome = tried(mutant, seeds=asked.seeds, verbose=asked.verbose)
+        as_it_should = (outcome.seed is not None) == mutant.noticed
+        found = f"{outcome.seed}: {outcome.what[:150]}" if outcome.seed is not None else "not noticed"
+        schedules = f"{outcome.schedules:4} schedules"
+    except Misfit as misfit:
+        as_it_should, found, schedules = False, str(misfit), ""
+    took = f"{time.monotonic() - started:5.1f} s"
+    print(f"{'ok   ' if as_it_should else 'WRONG'} {mutant.name:22} {schedules} {took}  {mutant.what}")
+    print(f"      {found}", flush=True)
+    return as_it_should
 
 
 if __name__ == "__main__":

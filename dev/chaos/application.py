@@ -10,9 +10,11 @@ import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, LiteralString
 
 from psycopg import AsyncConnection
+
+from dev.chaos.network import POISON
 
 TABLES: Final = ('"Note"', "app.visit", "member", '"Alert"')
 SCHEMA: Final = """
@@ -101,13 +103,29 @@ STATEMENTS: Final[Mapping[str, str]] = MappingProxyType(
             member = excluded.member, level = excluded.level, raised = excluded.raised, open = excluded.open""",
         "close_alerts": """update "Alert" set open = false where member = %s""",
         "drop_alerts": """delete from "Alert" where member = %s""",
+        "add_note_or_not": """insert into "Note" values (%s, %s, %s, %s, %s, %s) on conflict do nothing""",
+        "merge_note": """merge into "Note" n using (values (%s, %s, %s)) as new (id, body, kind) on n.id = new.id
+            when matched and new.body is null then delete
+            when matched then update set body = new.body, kind = new.kind
+            when not matched then
+                insert (id, "userId", kind, body, "createdAt") values (new.id, 'u1', new.kind, new.body, '2021-05-05')
+            """,
+        "give_notes_away": """with gone as (delete from "Note" where "userId" = %s returning *)
+            insert into "Note" select 'of ' || id, %s, kind, body, "createdAt", meta from gone""",
+        "fill_notes": """insert into "Note" select 'f' || n, %s, 'alert', %s, '2022-02-22', null
+            from generate_series(1, 12) as n on conflict (id) do update set body = excluded.body""",
+        "drop_filled_notes": """delete from "Note" where id like 'f%%' and id <> all (%s)""",
         "truncate_notes": """truncate "Note" """,
         "truncate_visits": """truncate app.visit""",
         "truncate_alerts": """truncate "Alert", member""",
     }
 )
 
-# What Convex knows: an activity of any other type is rejected, and its key must end parked.
+# Statements whose values are the rows of a COPY.
+COPIES: Final[Mapping[str, str]] = MappingProxyType({"copy_notes": """copy "Note" from stdin"""})
+
+# What Convex knows: an activity of any other type is rejected, and its key must end parked. So must the key of one that
+# the network lets pass in no batch.
 TYPES: Final = ("check-in", "alert", "conversation")
 
 # Another way to the milliseconds than the worker's: date_trunc rounds down, before 1970 too.
@@ -133,33 +151,48 @@ select m.id,
                 and (b.level > a.level or b.level = a.level and b.id < a.id)))
 from member m
 """
+_ROWS: Final[Mapping[str, LiteralString]] = MappingProxyType({"notes": _NOTES, "visits": _VISITS, "status": _STATUS})
+MIRROR_NAMES: Final = tuple(_ROWS)
 
-Documents = dict[tuple[str, ...], dict[str, Any]]
-"""By (mirror, parts of the key): the content. Numbers are Decimals, an absent field has no entry."""
+Key = tuple[str, ...]
+"""The mirror's name, and the parts of the key."""
+Content = dict[str, Any]
+"""Numbers are Decimals, an absent field has no entry."""
+Documents = dict[Key, Content]
 
 
-async def expected_documents(connection: AsyncConnection) -> tuple[Documents, set[tuple[str, ...]]]:
+async def expected_documents(connection: AsyncConnection, mirror: str) -> tuple[Documents, set[Key]]:
     """What Convex must hold for the rows that are committed now, and the keys that must be parked instead."""
+    rows = await (await connection.execute(_ROWS[mirror])).fetchall()
+    if mirror == "status":
+        return dict(_expected_status(*row) for row in rows), set()
+    width = 2 if mirror == "visits" else 1
     documents: Documents = {}
-    parked: set[tuple[str, ...]] = set()
-    for key, row in [
-        *[(("notes", row[0]), row[1:]) for row in await (await connection.execute(_NOTES)).fetchall()],
-        *[(("visits", *row[:2]), row[2:]) for row in await (await connection.execute(_VISITS)).fetchall()],
-    ]:
-        user, kind, description, milliseconds, metadata = row
-        if kind not in TYPES:
+    parked: set[Key] = set()
+    for row in rows:
+        key, (user, kind, description, milliseconds, metadata) = (mirror, *row[:width]), row[width:]
+        if kind not in TYPES or POISON in description:
             parked.add(key)
             continue
         documents[key] = {"userId": user, "type": kind, "description": description, "timestamp": milliseconds}
         if metadata is not None:
             documents[key]["metadata"] = _exact(metadata)
-    for user, seen, due, level, raised in await (await connection.execute(_STATUS)).fetchall():
-        fields = {"userId": user, "lastCheckIn": seen, "nextDue": due, "alertLevel": level, "alertTriggeredAt": raised}
-        documents["status", user] = {name: value for name, value in fields.items() if value is not None}
     return documents, parked
 
 
-def dumped_documents(dump: Mapping[str, list[dict[str, Any]]]) -> tuple[Documents, list[tuple[str, ...]]]:
+def _expected_status(
+    user: str, seen: Decimal | None, due: Decimal | None, level: str | None, raised: Decimal | None
+) -> tuple[Key, Content]:
+    fields = {"userId": user, "lastCheckIn": seen, "nextDue": due, "alertLevel": level, "alertTriggeredAt": raised}
+    return ("status", user), {name: value for name, value in fields.items() if value is not None}
+
+
+def key_of(mirror: str, key: str) -> Key:
+    """A key, from its text as the worker writes it."""
+    return (mirror, *(json.loads(key) if mirror == "visits" else [key]))
+
+
+def dumped_documents(dump: Mapping[str, list[dict[str, Any]]]) -> tuple[Documents, list[Key]]:
     """What Convex holds, in the same form, and the keys of which it holds more than one document."""
     documents: Documents = {}
     doubled = []
@@ -170,18 +203,18 @@ def dumped_documents(dump: Mapping[str, list[dict[str, Any]]]) -> tuple[Document
     return documents, doubled
 
 
-def _activities(stored: list[dict[str, Any]]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+def _activities(stored: list[dict[str, Any]]) -> Iterator[tuple[Key, Content]]:
     for document in stored:
         mirror, _, key = document["key"].partition(":")
-        yield (mirror, *(json.loads(key) if mirror == "visits" else [key])), _content(document)
+        yield key_of(mirror, key), _content(document)
 
 
-def _statuses(stored: list[dict[str, Any]]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+def _statuses(stored: list[dict[str, Any]]) -> Iterator[tuple[Key, Content]]:
     for document in stored:
         yield ("status", document["userId"]), _content(document)
 
 
-def _content(document: dict[str, Any]) -> dict[str, Any]:
+def _content(document: dict[str, Any]) -> Content:
     kept = {name: value for name, value in document.items() if name not in {"_id", "_creationTime", "key", "version"}}
     return {name: _restored(value) if name == "metadata" else _decimal(value) for name, value in kept.items()}
 

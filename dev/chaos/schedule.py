@@ -2,9 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from dev.chaos.link import Mode
+from dev.chaos.failpoints import Act
+from dev.chaos.network import Mode, Order
+
+Server = Literal["postgres", "convex"]
+WRITERS = 3
+
+# The application: three processes that write.
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,16 @@ class Rollback:
 
 
 @dataclass(frozen=True)
+class KillWriter:
+    """SIGKILL, in the middle of whatever transaction it has."""
+
+    writer: int
+
+
+# The worker. "The" worker is the one that has run for longest and is awake.
+
+
+@dataclass(frozen=True)
 class Kill:
     """SIGKILL to the worker."""
 
@@ -47,14 +63,19 @@ class Kill:
 
 @dataclass(frozen=True)
 class Stop:
-    """SIGTERM to the worker, and wait for its end."""
+    """SIGTERM to the worker, and wait for its end: a deploy."""
 
     start: bool = True
 
 
 @dataclass(frozen=True)
 class Start:
-    """A worker, if none runs."""
+    """As many workers as there should be, if fewer run."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """One worker more than there should be."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +89,77 @@ class Awake:
 
 
 @dataclass(frozen=True)
+class Arm:
+    """The worker's next passages of a failpoint are counted, and at this one it acts (failpoints.POINTS)."""
+
+    point: str
+    passage: int
+    act: Act
+
+
+@dataclass(frozen=True)
+class Hit:
+    """Wait until an armed failpoint has acted; a moment at the most."""
+
+
+# The two links.
+
+
+@dataclass(frozen=True)
 class Link:
-    """The network between worker and Convex, from now on (link.Mode)."""
+    """What happens to requests between worker and Convex, from now on (network.Mode)."""
 
     mode: Mode
 
 
 @dataclass(frozen=True)
 class Replay:
-    """Requests kept by the link run now: once more, or for the first time."""
+    """Requests kept by the network run now: once more, or for the first time."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """Requests that the link holds go on."""
+    """Requests that the network holds go on, one after the other."""
+
+    order: Order = "first"
 
 
 @dataclass(frozen=True)
 class Reopen:
     """The worker's last `cdc:open` arrives once more: its epoch is no longer the shard's, and it has not been told."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """The TCP link from the worker to one of its servers, from now on (dev/link.py)."""
+
+    to: Server
+    state: Literal["cut", "deaf", "forget", "slow", "normal"]
+
+
+# The servers.
+
+
+@dataclass(frozen=True)
+class Postgres:
+    """Crash and recovery, an orderly restart, or the end of all connections of the worker."""
+
+    fault: Literal["immediate", "fast", "terminate"]
+
+
+@dataclass(frozen=True)
+class Convex:
+    """Killed until it is started again (with nothing in it), stopped until it is resumed, or emptied at once."""
+
+    fault: Literal["kill", "start", "hang", "resume", "empty"]
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """The log's present partition is old: the worker may turn to the next one, and truncate it."""
+
+
+# Waiting.
 
 
 @dataclass(frozen=True)
@@ -96,7 +169,7 @@ class Pause:
 
 @dataclass(frozen=True)
 class Reach:
-    """Wait until the worker's next batch has come as far as the link lets it; a moment at the most."""
+    """Wait until the worker's next batch has come as far as the network lets it; a moment at the most."""
 
 
 @dataclass(frozen=True)
@@ -104,27 +177,13 @@ class Settle:
     """Wait until all that is committed is acknowledged, if nothing stands in the way; a moment at the most."""
 
 
-Step = (
-    Do
-    | Savepoint
-    | RollbackTo
-    | Commit
-    | Rollback
-    | Kill
-    | Stop
-    | Start
-    | Replace
-    | Awake
-    | Link
-    | Replay
-    | Release
-    | Reopen
-    | Pause
-    | Reach
-    | Settle
-)
+Write = Do | Savepoint | RollbackTo | Commit | Rollback | KillWriter
+Supervise = Kill | Stop | Start | Beside | Replace | Awake | Arm
+Disturb = Link | Replay | Release | Reopen | Wire
+Serve = Postgres | Convex | Rotate
+Wait = Pause | Reach | Settle | Hit
+Step = Write | Supervise | Disturb | Serve | Wait
 Schedule = tuple[Step, ...]
-WRITERS = 3
 
 
 def printed(schedule: Iterable[Step]) -> str:

@@ -1,13 +1,10 @@
-"""The real worker as real processes, quick to start: forked from a server that has imported everything already.
+"""The real worker as real processes: `cdc-worker run` as production starts it, environment, TOML, signals and all.
 
-What runs is `cdc-worker run` as production starts it, environment, TOML, signal handlers and all. A fork takes 10 ms
-where a fresh interpreter takes 500, so that even a property test can afford SIGKILL, which no cancelled task in this
-process could stand for: a cancelled task still runs its `finally`.
+Around it are the failpoints, and its longest waits are short (quick.py).
 """
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,10 +12,11 @@ import threading
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-_CONTEXT: Final = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["cdc_worker.__main__", "psycopg_binary", "aiohttp", "dev.chaos.workers"])
+from dev.chaos.failpoints import Act, Failpoints
+from dev.chaos.forks import Fork
+from dev.chaos.quick import make_quick
 
 
 class WorkerProcess:
@@ -26,20 +24,20 @@ class WorkerProcess:
 
     def __init__(self, environment: Mapping[str, str], log: Path) -> None:
         self.log = log
-        ours, theirs = multiprocessing.Pipe()
-        self._life = ours
-        self._process = _CONTEXT.Process(target=_work, args=(dict(environment), str(log), theirs), daemon=True)
-        self._process.start()
-        theirs.close()
+        self._fork = Fork(_work, dict(environment), str(log))
         self.asleep = False
+        self.stopping = False
+        # Failpoints that it has passed, and what they did.
+        self.passed: set[str] = set()
+        self.acts: list[Act] = []
 
     @property
     def alive(self) -> bool:
-        return self._process.is_alive()
+        return self._fork.alive
 
     @property
     def exit_code(self) -> int | None:
-        return self._process.exitcode
+        return self._fork.exit_code
 
     def events(self) -> Iterator[dict[str, Any]]:
         """What it has logged so far."""
@@ -53,32 +51,52 @@ class WorkerProcess:
     def said(self, event: str) -> bool:
         return any(each.get("event") == event for each in self.events())
 
+    def listen(self) -> list[Act]:
+        """What its failpoints have done since the last call."""
+        done: list[Act] = []
+        with contextlib.suppress(EOFError, OSError):
+            while self._fork.pipe.poll():
+                what, name = self._fork.pipe.recv()
+                if what == "passed":
+                    self.passed.add(name)
+                else:
+                    done.append(what)
+        if "freeze" in done:
+            self.asleep = True
+        self.acts += done
+        return done
+
+    def arm(self, point: str, passage: int, act: Act) -> None:
+        self._order((point, passage, act))
+
+    def disarm(self) -> None:
+        self._order(None)
+
     def sleep(self) -> None:
-        self._signal(signal.SIGSTOP)
+        self._fork.signal(signal.SIGSTOP)
         self.asleep = True
 
     def wake(self) -> None:
-        self._signal(signal.SIGCONT)
+        self._fork.signal(signal.SIGCONT)
         self.asleep = False
 
     def terminate(self) -> None:
         """SIGTERM: it stops in order."""
-        self._signal(signal.SIGTERM)
+        self.stopping = True
+        self._fork.signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
-        self._process.kill()
-        self._process.join(5.0)
-        self._life.close()
+        self.listen()
+        self._fork.kill()
 
-    def _signal(self, number: signal.Signals) -> None:
-        if self._process.is_alive() and self._process.pid is not None:
-            os.kill(self._process.pid, number)
+    def _order(self, order: tuple[str, int, Act] | None) -> None:
+        with contextlib.suppress(OSError):
+            self._fork.pipe.send(order)
 
 
-def _work(environment: dict[str, str], log: str, life: Connection) -> None:
+def _work(orders: Connection, environment: dict[str, str], log: str) -> None:
     """In the child: `cdc-worker run`."""
-    threading.Thread(target=_end_with, args=(life,), daemon=True).start()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -86,13 +104,23 @@ def _work(environment: dict[str, str], log: str, life: Connection) -> None:
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["cdc-worker", "run"]
+    make_quick()
+    failpoints = Failpoints(orders.send)
+    failpoints.install()
+    threading.Thread(target=_obey, args=(orders, failpoints), daemon=True).start()
     # Here, not above: whoever only looks at a schedule needs no worker.
     from cdc_worker.__main__ import main  # noqa: PLC0415
 
     main()
 
 
-def _end_with(life: Connection) -> None:
+def _obey(orders: Connection, failpoints: Failpoints) -> None:
+    """Arms what it is told to, and ends the process when nobody can tell it any more."""
     with contextlib.suppress(EOFError, OSError):
-        life.recv_bytes()
+        while True:
+            order = orders.recv()
+            if order is None:
+                failpoints.disarm()
+            else:
+                failpoints.arm(*order)
     os._exit(1)
