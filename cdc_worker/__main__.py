@@ -96,7 +96,7 @@ def migrate() -> None:
     waited for longer than 0.3 s at a time. Your tables get triggers and nothing else.
     """
     settings, mirrors = _start()
-    asyncio.run(bring_up_to_date(settings.database_url.get_secret_value(), mirrors))
+    asyncio.run(bring_up_to_date(settings.database_url.get_secret_value(), mirrors, shards=settings.shards))
 
 
 @app.command()

@@ -49,16 +49,21 @@ async def connect(dsn: str) -> Connection:
 
 
 class Database:
-    """A small pool. Three are in use at once at the most: reader, checkpoint, backfill; one is to spare."""
+    """A small pool. For each shard two are in use at once: reader and checkpoint; and one for what can wait."""
 
-    def __init__(self, dsn: str, *, statement_seconds: float) -> None:
+    def __init__(self, dsn: str, *, statement_seconds: float, shards: int = 1) -> None:
+        self._dsn = dsn
         self._statement_seconds = statement_seconds
-        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
-            conninfo(dsn),
+        self._most_connections = 2 + 2 * shards
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> AsyncConnectionPool[Connection]:
+        return AsyncConnectionPool(
+            conninfo(self._dsn),
             connection_class=AsyncConnection,
             kwargs={"autocommit": True, "prepare_threshold": None, "cursor_factory": AsyncRawCursor},
             min_size=1,
-            max_size=4,
+            max_size=self._most_connections,
             timeout=10.0,
             open=False,
             name="cdc_worker",
@@ -70,6 +75,16 @@ class Database:
 
     async def __aexit__(self, *_: object) -> None:
         await self._pool.close(timeout=2.0)
+
+    async def reopen(self) -> None:
+        """A new pool, as a database that comes back wants it: the old one may be in a long pause between its own tries.
+
+        Raises psycopg.OperationalError, with the driver's own words, if there is no database.
+        """
+        await (await connect(self._dsn)).close()
+        old, self._pool = self._pool, self._new_pool()
+        await self._pool.open(wait=False)
+        await old.close(timeout=2.0)
 
     async def execute(self, statement: LiteralString, *params: Any) -> list[Row]:
         """One statement in a transaction of its own; its rows, if it has any."""

@@ -16,7 +16,7 @@ from cdc_worker.database import Connection, Database, fetch, first_lines, is_gon
 from cdc_worker.documents import Event, Problem, UnfitRow, document, event
 from cdc_worker.errors import SchemaError
 from cdc_worker.keys import join_key, key_parts
-from cdc_worker.outbox import LogRow, Page, Position, read_page
+from cdc_worker.outbox import LogRow, Page, Position, Shard, read_page
 
 log = structlog.get_logger()
 
@@ -68,8 +68,9 @@ _Found = dict[str, _Row | None]
 class LateReader:
     """Reads pages for one reader."""
 
-    def __init__(self, database: Database, mirrors: Mapping[int, MirrorState], *, page_rows: int) -> None:
+    def __init__(self, database: Database, shard: Shard, mirrors: Mapping[int, MirrorState], *, page_rows: int) -> None:
         self._database = database
+        self._shard = shard
         self._mirrors = mirrors
         self._page_rows = page_rows
 
@@ -85,7 +86,7 @@ class LateReader:
     async def _read(self, position: Position, number: int, *, careful: bool) -> Readings:
         """Careful: behind savepoints, so that one mirror's error is its own, and a row's is found by halving."""
         async with self._database.transaction(_SNAPSHOT) as connection:
-            page = await read_page(connection, position, self._page_rows)
+            page = await read_page(connection, self._shard, position, self._page_rows)
             found = {
                 mirror_id: await self._rows(connection, self._mirror(mirror_id), keys, careful=careful)
                 for mirror_id, keys in _distinct_keys(page.rows).items()

@@ -6,10 +6,12 @@ says what it waits for, and exits, so that the platform starts it anew. It looks
 that a stuck event loop is seen, too.
 """
 
+import copy
 import os
 import threading
 import time
 from collections.abc import Callable
+from typing import Self
 
 import structlog
 
@@ -22,16 +24,23 @@ class Liveness:
     def __init__(self, limit_seconds: float, *, give_up: Callable[[], None] = lambda: os._exit(1)) -> None:
         self._limit_seconds = limit_seconds
         self._give_up = give_up
+        self._where = ""
         self._since: dict[str, float] = {}
         self._ended = threading.Event()
 
+    def within(self, where: str) -> Self:
+        """The same, for those who have the same names elsewhere."""
+        part = copy.copy(self)
+        vars(part)["_where"] = f" ({where})"
+        return part
+
     def moved(self, who: str) -> None:
         """`who` has come to an end of something, and goes on to the next."""
-        self._since[who] = time.monotonic()
+        self._since[who + self._where] = time.monotonic()
 
     def rests(self, who: str) -> None:
         """`who` has nothing to do."""
-        self._since.pop(who, None)
+        self._since.pop(who + self._where, None)
 
     def start(self) -> None:
         threading.Thread(target=self._watch, name="cdc_worker.liveness", daemon=True).start()

@@ -19,6 +19,7 @@ from cdc_worker.catalog import check, find_table
 from cdc_worker.database import Connection, begin, connect, fetch, first_lines
 from cdc_worker.errors import ConfigError, SchemaError
 from cdc_worker.mirrors import Mirror
+from cdc_worker.resharding import divide
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -102,8 +103,8 @@ def load_migrations() -> list[Migration]:
     ]
 
 
-async def migrate(dsn: str, mirrors: Sequence[Mirror]) -> None:
-    """Brings the schema cdc and all triggers up to date.
+async def migrate(dsn: str, mirrors: Sequence[Mirror], *, shards: int = 1) -> None:
+    """Brings the schema cdc, the shards and all triggers up to date.
 
     Raises ConfigError, before anything is changed, if a mirror does not fit the database, and SchemaError if
     the database cannot be migrated (a standby, a changed migration, no right to create).
@@ -115,6 +116,7 @@ async def migrate(dsn: str, mirrors: Sequence[Mirror]) -> None:
         await guard.execute(_LOCK)
         try:
             await _transaction(connection, lambda: _apply(connection))
+            await _transaction(connection, lambda: divide(connection, shards))
             ids = await _transaction(connection, lambda: _register(connection, mirrors))
             uncaptured = await _bring_triggers(connection, mirrors, ids)
             await _transaction(connection, lambda: _finish(connection, mirrors, uncaptured))

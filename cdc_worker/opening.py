@@ -15,7 +15,7 @@ from cdc_worker.database import Database
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import FunctionFailed, Misconfigured
 from cdc_worker.outage import Outage
-from cdc_worker.outbox import Position
+from cdc_worker.outbox import Position, Shard
 
 log = structlog.get_logger()
 
@@ -31,6 +31,8 @@ class _Answer(BaseModel):
     deployment: str
     epoch: int = Field(gt=0)
     previous: int | None
+    # Under `previous`: as far as Convex was told.
+    previousSaves: int  # noqa: N815  # as Convex says it
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,26 @@ class Opened:
 
 
 async def open_shard(
-    database: Database, checkpoint: Checkpoint, deployment: Deployment, outage: Outage, *, shard: str, held: Held
+    database: Database,
+    checkpoint: Checkpoint,
+    deployment: Deployment,
+    outage: Outage,
+    *,
+    shard: Shard,
+    held: Held,
+    known_saves: int,
 ) -> Opened:
-    """Waits until Convex hands out an epoch. Raises Fenced if the lease was lost meanwhile."""
-    args = {"shard": shard, "reader": str(uuid.uuid4()), "atLeast": held.epoch}
+    """Waits until Convex hands out an epoch. Raises Fenced if the lease was lost meanwhile.
+
+    `known_saves`: how often the checkpoint was saved, as far as this process knows.
+    """
+    args = {
+        "shard": shard.name,
+        "shards": shard.of,
+        "reader": str(uuid.uuid4()),
+        "atLeast": max(held.epoch, held.epoch_floor),
+        "saves": held.saves,
+    }
 
     async def attempt() -> _Answer:
         try:
@@ -62,15 +80,7 @@ async def open_shard(
 
     answer = await outage.insist(attempt)
     incarnation = await checkpoint.incarnation()
-    position, reason = held.position, ""
-    if held.deployment is None:
-        reason = "first time at this deployment"
-    elif answer.deployment != held.deployment:
-        reason = "CONVEX_URL leads to another deployment than before"
-    elif answer.previous is None or answer.previous < held.epoch:
-        reason = "the deployment was set back to an older state"
-    elif answer.previous > held.epoch:
-        reason = "Postgres was set back to an older state, or a worker died while it opened"
+    position, reason = held.position, _doubt(held, answer, known_saves)
     if held.incarnation is not None and held.incarnation != incarnation:
         reason = "this is another Postgres than before (restored, failed over, or copied)"
         # Transaction ids may have started again: the old position says nothing about this one.
@@ -85,3 +95,34 @@ async def open_shard(
     if position != held.position:
         await checkpoint.save(position)
     return Opened(answer.epoch, position)
+
+
+def _doubt(held: Held, answer: _Answer, known_saves: int) -> str:
+    """Why Postgres and Convex may not be what they were to each other; "" if nothing says so."""
+    if held.deployment is None:
+        return "first time at this deployment"
+    if answer.deployment != held.deployment:
+        return "CONVEX_URL leads to another deployment than before"
+    # A shard that `migrate` has just made has no epoch, neither here nor there.
+    previous = answer.previous or 0
+    if previous < held.epoch:
+        return "the deployment was set back to an older state"
+    if previous > held.epoch:
+        return "Postgres was set back to an older state, or a worker died while it opened"
+    # The epoch may be in the backup, if that was made while the reader was at work.
+    if max(known_saves, answer.previousSaves) > held.saves:
+        return "Postgres was set back to an older state"
+    return ""
+
+
+async def note_saves(deployment: Deployment, outage: Outage, shard: Shard, epoch: int, saves: int) -> None:
+    """Tells Convex how often the checkpoint was saved: never more than Postgres knows, unless that is set back."""
+    args = {"shard": shard.name, "epoch": epoch, "saves": saves}
+
+    async def attempt() -> None:
+        try:
+            await deployment.call("mutation", "cdc:noteSaves", args)
+        except FunctionFailed as error:
+            raise Misconfigured(f"{error}: is the deployment running?") from None
+
+    await outage.insist(attempt)

@@ -13,6 +13,22 @@ from cdc_worker.database import Connection, Database, fetch, fetch_one
 
 
 @dataclass(frozen=True)
+class Shard:
+    """One of `of` parts of the log, by the keys (cdc.shard_of in migrations/)."""
+
+    number: int
+    of: int
+
+    @property
+    def name(self) -> str:
+        """As cdc.checkpoint and Convex know it."""
+        return str(self.number)
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+
+@dataclass(frozen=True)
 class Position:
     """How far: all of `snapshot`, and of the window up to `window_end` the rows up to (after_xid, after_id)."""
 
@@ -56,11 +72,13 @@ select mirror, key, xid::text, id, greatest(extract(epoch from clock_timestamp()
     (select * from cdc.outbox
      where xid >= pg_snapshot_xmax($1::pg_snapshot) and xid < pg_snapshot_xmax($2::pg_snapshot)
        and pg_visible_in_snapshot(xid, $2::pg_snapshot) and (xid, id) > ($3::text::xid8, $4::int8)
+       and ($6::int = 1 or cdc.shard_of(key, $6) = $7::int)
      order by xid, id limit $5)
     union all
     (select * from cdc.outbox
      where xid = any (array(select pg_snapshot_xip($1::pg_snapshot)))
        and pg_visible_in_snapshot(xid, $2::pg_snapshot) and (xid, id) > ($3::text::xid8, $4::int8)
+       and ($6::int = 1 or cdc.shard_of(key, $6) = $7::int)
      order by xid, id limit $5)
 ) as page
 order by page.xid, page.id limit $5
@@ -70,14 +88,17 @@ _LOOK = """
 select pg_current_snapshot()::text,
        exists (select from cdc.outbox
                where xid >= pg_snapshot_xmax($1::pg_snapshot)
-                 and pg_visible_in_snapshot(xid, pg_current_snapshot()))
+                 and pg_visible_in_snapshot(xid, pg_current_snapshot())
+                 and ($2::int = 1 or cdc.shard_of(key, $2) = $3::int))
     or exists (select from cdc.outbox
                where xid = any (array(select pg_snapshot_xip($1::pg_snapshot)))
-                 and pg_visible_in_snapshot(xid, pg_current_snapshot()))
+                 and pg_visible_in_snapshot(xid, pg_current_snapshot())
+                 and ($2::int = 1 or cdc.shard_of(key, $2) = $3::int))
 """
 _BACKLOG = """
 select count(*) from (
     select from cdc.outbox where xid >= pg_snapshot_xmax($1::pg_snapshot) and (xid, id) > ($2::text::xid8, $3::int8)
+      and ($5::int = 1 or cdc.shard_of(key, $5) = $6::int)
     limit $4) as counted
 """
 _RING = "select pg_notify($1, '')"
@@ -87,26 +108,29 @@ select coalesce(pg_sequence_last_value('cdc.slot'::regclass), 0), $1, unnest($2:
 """
 
 
-async def look(database: Database, position: Position) -> Position | None:
+async def look(database: Database, shard: Shard, position: Position) -> Position | None:
     """None if there is something new; otherwise the position moved on to now, which costs one statement."""
     if position.window_end is not None:
         return None
-    ((now, something),) = await database.execute(_LOOK, position.snapshot)
+    ((now, something),) = await database.execute(_LOOK, position.snapshot, shard.of, shard.number)
     return None if something else Position(now)
 
 
-async def backlog(database: Database, position: Position, most: int) -> int:
+async def backlog(database: Database, shard: Shard, position: Position, most: int) -> int:
     """About how many rows of the log are beyond `position`, counted up to `most`."""
-    ((rows,),) = await database.execute(_BACKLOG, position.snapshot, str(position.after_xid), position.after_id, most)
+    ((rows,),) = await database.execute(
+        _BACKLOG, position.snapshot, str(position.after_xid), position.after_id, most, shard.of, shard.number
+    )
     return int(rows)
 
 
-async def read_page(connection: Connection, position: Position, limit: int) -> Page:
-    """The next rows of the log. `connection` is in a repeatable-read transaction, whose snapshot the rows are
-    read in.
+async def read_page(connection: Connection, shard: Shard, position: Position, limit: int) -> Page:
+    """The shard's next rows of the log. `connection` is in a repeatable-read transaction, whose snapshot the rows
+    are read in.
     """
     end = position.window_end or (await fetch_one(connection, _NOW))[0]
-    found = await fetch(connection, PAGE, position.snapshot, end, str(position.after_xid), position.after_id, limit)
+    after = (str(position.after_xid), position.after_id)
+    found = await fetch(connection, PAGE, position.snapshot, end, *after, limit, shard.of, shard.number)
     rows = [LogRow(mirror, key, int(xid), row_id) for mirror, key, xid, row_id, _ in found]
     age = max((seconds for *_, seconds in found), default=0.0)
     page = Page(position.snapshot, rows, Position(end), age)

@@ -10,7 +10,7 @@ from cdc_worker.lanes import Lanes
 from cdc_worker.late_read import LateReader, MirrorState
 from cdc_worker.listener import Bell
 from cdc_worker.liveness import Liveness
-from cdc_worker.outbox import Position, look
+from cdc_worker.outbox import Position, Shard, look
 
 _READER = "the log in Postgres"
 # After a busy time the next change is likely soon: short pauses that double, and the bell is not worth its statements.
@@ -24,7 +24,7 @@ MOST_WAITING_KEYS = 10_000
 
 
 class Reader:
-    """One shard's reader under one epoch. `run` returns when stopped; otherwise it only raises."""
+    """The shard's reader under one epoch. `run` returns when stopped; otherwise it only raises."""
 
     def __init__(
         self,
@@ -34,6 +34,7 @@ class Reader:
         lanes: Lanes,
         position: Position,
         *,
+        shard: Shard,
         page_rows: int,
         poll_seconds: float,
         rescan: Callable[[set[int]], Any],
@@ -43,7 +44,8 @@ class Reader:
         self._liveness = liveness
         self._database = database
         self._bell = bell
-        self._late = LateReader(database, mirrors, page_rows=page_rows)
+        self._shard = shard
+        self._late = LateReader(database, shard, mirrors, page_rows=page_rows)
         self._lanes = lanes
         self.position = position
         self._poll_seconds = poll_seconds
@@ -133,7 +135,7 @@ class Reader:
         return True
 
     async def _something(self) -> bool:
-        moved = await look(self._database, self.position)
+        moved = await look(self._database, self._shard, self.position)
         self._liveness.moved(_READER)
         if moved is None:
             return True

@@ -81,7 +81,9 @@ class Settings(ConvexSettings):
     batch_keys: Annotated[int, Field(validation_alias="CDC_BATCH_KEYS", ge=1, le=500)] = 500
     # A mutation's arguments may have 16 MiB; 1 MiB keeps one well inside its second of JS time.
     batch_bytes: Annotated[int, Field(validation_alias="CDC_BATCH_BYTES", ge=65_536, le=8_388_608)] = 1_048_576
-    # The smallest plan runs 16 mutations at once, and the application wants some of them.
+    # Readers side by side, each with its part of the keys; the same for `migrate` and for every worker.
+    shards: Annotated[int, Field(validation_alias="CDC_SHARDS", ge=1, le=64)] = 1
+    # Of all shards together. The smallest plan runs 16 mutations at once, and the application wants some of them.
     in_flight: Annotated[int, Field(validation_alias="CDC_IN_FLIGHT", ge=1, le=16)] = 12
     # Log rows read in one snapshot.
     page_rows: Annotated[int, Field(validation_alias="CDC_PAGE_ROWS", ge=1, le=10_000)] = 1_000

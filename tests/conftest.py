@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from dev import local_convex as convex
 from dev import pgbouncer as bouncer
 from dev import postgres
 
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
+
+
+# How long an example takes is the machine's business: tests gate counts, never seconds.
+settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
