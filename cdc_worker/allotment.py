@@ -16,10 +16,11 @@ from cdc_worker.outbox import Position, Shard
 
 # One statement, so that an idle worker costs next to nothing: it shows that this worker lives ($2: for how many
 # seconds), renews what it holds ($3, $4) when a third of the time is over, and says how things stand. $1 is its name,
-# which no other process ever has.
+# which no other process ever has; $5 how many shards it knows of.
 _LOOK = """
 with seen as (
-    insert into cdc.worker (name, expires_at) values ($1, clock_timestamp() + $2::float8 * interval '1 second')
+    insert into cdc.worker (name, shards, expires_at)
+    values ($1, $5, clock_timestamp() + $2::float8 * interval '1 second')
     on conflict (name) do update set expires_at = excluded.expires_at
     where cdc.worker.expires_at < clock_timestamp() + $2::float8 * interval '0.7 second'
 ), forgotten as (
@@ -32,8 +33,9 @@ with seen as (
 )
 select c.shard::int, c.token, c.holder, c.holder = $1 or cdc.is_free(c.holder, c.expires_at, c.holder_pid),
        greatest(extract(epoch from c.expires_at - clock_timestamp()), 0)::float8,
-       array(select w.name from cdc.worker w where w.expires_at > clock_timestamp() and not exists (
-           select from cdc.checkpoint c where c.holder = w.name and cdc.is_dead(c.holder_pid)))
+       array(select w.name from cdc.worker w
+             where w.expires_at > clock_timestamp() and w.shards = $5 and not exists (
+                 select from cdc.checkpoint c where c.holder = w.name and cdc.is_dead(c.holder_pid)))
 from cdc.checkpoint c order by c.shard::int
 """
 _ACQUIRE = """
@@ -79,7 +81,7 @@ class Allotment:
         """
         names, tokens = [shard.name for shard in held], list(held.values())
         try:
-            rows = await self._database.execute(_LOOK, self._name, self._lease_seconds, names, tokens)
+            rows = await self._database.execute(_LOOK, self._name, self._lease_seconds, names, tokens, self._shards)
         except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedColumn):
             raise SchemaError("this database has no schema cdc of this version: run `cdc-worker migrate`") from None
         except psycopg.errors.ReadOnlySqlTransaction:

@@ -137,10 +137,17 @@ class Care:
         self._bare = bare
 
     async def _note_saves(self) -> None:
-        if self._noted_saves != self._checkpoint.saves:
-            saves = self._checkpoint.saves
-            await note_saves(self._deployment, self._outage, self._shard, self._epoch, saves)
-            self._noted_saves = saves
+        """Each side is told now and then how far the other was: who was set back since then is found out by it."""
+        saves = self._checkpoint.saves
+        if saves == self._noted_saves:
+            return
+        before = await note_saves(self._deployment, self._outage, self._shard, self._epoch, saves)
+        # A call that was repeated finds its own note.
+        if before is not None and before not in {saves, self._noted_saves}:
+            reason = "the deployment was set back to an older state"
+            log.warning("session.rescan", cause=reason, cure="none needed: every row and document is looked at again")
+            await backfill.request_all(self._database, reason)
+        self._noted_saves = saves
 
     async def _rescan(self, reader: Reader) -> None:
         """Page by page, each when all before is read: live changes do not queue behind a million old rows."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, LiteralString
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from cdc_worker.backfill import request_all
 from cdc_worker.checkpoint import Checkpoint, Held
@@ -23,6 +23,9 @@ log = structlog.get_logger()
 # with all others.
 _FORGET_FUTURE: LiteralString = "delete from cdc.outbox where xid >= pg_snapshot_xmax(pg_current_snapshot())"
 _NOW: LiteralString = "select pg_current_snapshot()::text"
+
+
+_SAVES: TypeAdapter[int | None] = TypeAdapter(int | None)
 
 
 class _Answer(BaseModel):
@@ -115,14 +118,21 @@ def _doubt(held: Held, answer: _Answer, known_saves: int) -> str:
     return ""
 
 
-async def note_saves(deployment: Deployment, outage: Outage, shard: Shard, epoch: int, saves: int) -> None:
-    """Tells Convex how often the checkpoint was saved: never more than Postgres knows, unless that is set back."""
+async def note_saves(deployment: Deployment, outage: Outage, shard: Shard, epoch: int, saves: int) -> int | None:
+    """Tells Convex how often the checkpoint was saved: never more than Postgres knows, unless that is set back.
+
+    Returns what Convex was told before; None if the shard has another epoch now.
+    """
     args = {"shard": shard.name, "epoch": epoch, "saves": saves}
 
-    async def attempt() -> None:
+    async def attempt() -> int | None:
         try:
-            await deployment.call("mutation", "cdc:noteSaves", args)
+            return _SAVES.validate_python(await deployment.call("mutation", "cdc:noteSaves", args))
         except FunctionFailed as error:
             raise Misconfigured(f"{error}: is the deployment running?") from None
+        except ValidationError:
+            raise Misconfigured(
+                "cdc:noteSaves gave an answer of another form: deploy this worker's convex/ folder"
+            ) from None
 
-    await outage.insist(attempt)
+    return await outage.insist(attempt)

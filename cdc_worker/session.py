@@ -197,6 +197,8 @@ class Session:
         self._on_open()
         log.info("session.open", shard=str(self._shard), epoch=opened.epoch, listen=bell is not None)
         self.opened_at = time.monotonic()
+        if self._shard.of > 1:
+            await ring(self._database)  # the reader before may have died at the gate, with others asleep behind it
         async with asyncio.TaskGroup() as tasks:
             reading = tasks.create_task(reader.run())
             sending = tasks.create_task(sender.run())

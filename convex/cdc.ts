@@ -84,16 +84,20 @@ export const open = internalMutation({
 });
 
 /**
- * Notes how often the shard's checkpoint in Postgres was saved, if `epoch` is the shard's. `open` says it to the next
- * reader, who knows by it that Postgres was set back to a backup from within this epoch.
+ * Notes how often the shard's checkpoint in Postgres was saved, if `epoch` is the shard's, and says what was noted
+ * before; null if another reader has the shard.
+ *
+ * `open` says it to the next reader, who knows by it that Postgres was set back to a backup from within this epoch. The
+ * answer tells this reader the same of the deployment.
  */
 export const noteSaves = internalMutation({
   args: { shard: v.string(), epoch: v.number(), saves: v.number() },
-  returns: v.null(),
-  handler: async (ctx, { shard, epoch, saves }): Promise<null> => {
+  returns: v.union(v.number(), v.null()),
+  handler: async (ctx, { shard, epoch, saves }): Promise<number | null> => {
     const opened = await findShard(ctx, shard);
-    if (opened?.epoch === epoch) await ctx.db.patch("cdcShards", opened._id, { saves });
-    return null;
+    if (opened === null || opened.epoch !== epoch) return null;
+    await ctx.db.patch("cdcShards", opened._id, { saves });
+    return opened.saves ?? 0;
   },
 });
 

@@ -161,24 +161,13 @@ MUTANTS: Final = (
         "no_lease",
         "everybody gets the lease, and whoever had it may still write the checkpoint",
         (
+            Change("migrations/0003_shards.sql", "select holder is null or", "select true or holder is null or"),
+            Change("cdc_worker/allotment.py", "if token != held[shard]:", "if token < held[shard]:"),
+            Change("cdc_worker/checkpoint.py", "        if not rows:", "        if len(rows) > 1:"),
             Change(
                 "cdc_worker/checkpoint.py",
-                "holder is null or expires_at < clock_timestamp()",
-                "true or expires_at < clock_timestamp()",
-            ),
-            Change(
-                "cdc_worker/checkpoint.py",
-                'raise Fenced(f"shard {self._shard} has another reader now")',
-                "return",
-            ),
-            Change(
-                "cdc_worker/checkpoint.py",
-                """where shard = $1 and token = $2 returning 1
-\"\"\"
-_RENEW""",
-                """where shard = $1 and $2::int8 > 0 returning 1
-\"\"\"
-_RENEW""",
+                "where shard = $1 and token = $2 returning saves",
+                "where shard = $1 and $2::int8 > 0 returning saves",
             ),
         ),
         noticed=False,

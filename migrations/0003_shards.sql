@@ -7,9 +7,10 @@ alter table cdc.checkpoint
     add column epoch_floor bigint not null default 0,
     add column saves       bigint not null default 0;
 
--- Workers that are alive, so that each takes its even part of the shards.
+-- Workers that are alive, so that each takes its even part of the shards: those that know of so many.
 create table cdc.worker (
     name       text primary key,
+    shards     integer     not null,
     expires_at timestamptz not null
 );
 

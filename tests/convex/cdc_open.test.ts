@@ -51,9 +51,11 @@ test("what the reader before had saved is told to the next one, and to no other 
   await open(t, { shard: "b", saves: 90 });
   expect(await open(t, { reader: "next", saves: 4 })).toMatchObject({ previousSaves: 3 });
   expect(await open(t, { reader: "next", saves: 4 })).toMatchObject({ previousSaves: 3 });
-  await t.mutation(internal.cdc.noteSaves, { shard: "a", epoch, saves: 80 }); // a reader that was replaced
+  const note = (epoch: number, saves: number) => t.mutation(internal.cdc.noteSaves, { shard: "a", epoch, saves });
+  expect(await note(epoch, 80)).toBeNull(); // a reader that was replaced
   expect(await open(t)).toMatchObject({ previousSaves: 4 });
-  await t.mutation(internal.cdc.noteSaves, { shard: "a", epoch: 5, saves: 7 });
+  expect(await note(5, 7)).toBe(0);
+  expect(await note(5, 7)).toBe(7);
   expect(await open(t)).toMatchObject({ previousSaves: 7, epoch: 6 });
 });
 

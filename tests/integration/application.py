@@ -86,12 +86,12 @@ def rows_of(table: str, *, name: str = "rows", key: Sequence[str] = ("id",), wat
     )
 
 
-def migrate_now(dsn: str, mirrors: Sequence[Mirror]) -> None:
+def migrate_now(dsn: str, mirrors: Sequence[Mirror], *, shards: int = 1) -> None:
     """In a thread with a loop of its own, so that any test may call it."""
 
     async def work() -> None:
         async with asyncio.timeout(30):
-            await migrate(dsn, mirrors)
+            await migrate(dsn, mirrors, shards=shards)
 
     with ThreadPoolExecutor(1) as thread:
         thread.submit(lambda: asyncio.run(work())).result()
@@ -123,8 +123,8 @@ class Database:
         ((value,),) = self.execute(statement, *params)
         return value
 
-    def migrate(self, mirrors: Sequence[Mirror]) -> None:
-        migrate_now(self.dsn, mirrors)
+    def migrate(self, mirrors: Sequence[Mirror], *, shards: int = 1) -> None:
+        migrate_now(self.dsn, mirrors, shards=shards)
 
     def captured(self) -> list[str | None]:
         """The keys that were captured since the last call, in order; None asks for a rescan."""
