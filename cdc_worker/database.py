@@ -17,7 +17,6 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import AsyncConnectionPool
 
 Row = tuple[Any, ...]
-Connection = AsyncConnection[Row]
 
 # What the connection string says goes before these. A dead peer is noticed within about 30 s even without a statement.
 _DEFAULTS = {
@@ -32,9 +31,23 @@ _DEFAULTS = {
 _LOCK_TIMEOUT = "1s"
 # On top of the server's own statement timeout: only a dead link lets this one strike.
 _GRACE_SECONDS = 5.0
+# Nothing is worth a longer wait for the pool's connections to say goodbye.
+_CLOSE_SECONDS = 1.0
 
 # The errors that say "this connection, or the whole database, is gone": the session starts anew.
 GONE = (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError, OSError)
+
+
+class Connection(AsyncConnection[Row]):
+    """A connection that is given up with the task that waits for it."""
+
+    async def cancel_safe(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109  # the driver's own
+        """What the driver calls for a task that is cancelled in the middle of a statement, before it lets go.
+
+        Its own way is to ask the server, over a new connection, and then to wait for the old one: 5 s for each, and
+        on a link that went deaf in vain.
+        """
+        cut(self)
 
 
 def conninfo(dsn: str) -> str:
@@ -43,7 +56,7 @@ def conninfo(dsn: str) -> str:
 
 async def connect(dsn: str) -> Connection:
     """A connection of one's own, in autocommit, with `$1` as the placeholder."""
-    return await AsyncConnection.connect(
+    return await Connection.connect(
         conninfo(dsn), autocommit=True, prepare_threshold=None, cursor_factory=AsyncRawCursor
     )
 
@@ -55,7 +68,7 @@ class Database:
         self._statement_seconds = statement_seconds
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             conninfo(dsn),
-            connection_class=AsyncConnection,
+            connection_class=Connection,
             kwargs={"autocommit": True, "prepare_threshold": None, "cursor_factory": AsyncRawCursor},
             min_size=1,
             max_size=4,
@@ -69,50 +82,52 @@ class Database:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._pool.close(timeout=2.0)
+        await self._pool.close(timeout=_CLOSE_SECONDS)
 
     async def execute(self, statement: LiteralString, *params: Any) -> list[Row]:
         """One statement in a transaction of its own; its rows, if it has any."""
-        async with self._borrow() as connection:
-            with cut_after(connection, self._statement_seconds + _GRACE_SECONDS):
-                return await fetch(connection, statement, *params)
+        async with self._borrow(self._statement_seconds + _GRACE_SECONDS) as connection:
+            return await fetch(connection, statement, *params)
 
     @asynccontextmanager
     async def transaction(self, mode: LiteralString = "") -> AsyncIterator[Connection]:
         """A transaction in `mode`, for instance `isolation level repeatable read read only`."""
-        async with self._borrow() as connection:
-            with cut_after(connection, self._statement_seconds * 2 + _GRACE_SECONDS):
-                await begin(connection, mode, statement_seconds=self._statement_seconds)
-                yield connection
-                await connection.commit()  # otherwise the pool rolls back
+        async with self._borrow(self._statement_seconds * 2 + _GRACE_SECONDS) as connection:
+            await begin(connection, mode, statement_seconds=self._statement_seconds)
+            yield connection
+            await connection.commit()
 
     @asynccontextmanager
-    async def _borrow(self) -> AsyncIterator[Connection]:
-        async with self._pool.connection() as connection:
+    async def _borrow(self, seconds: float) -> AsyncIterator[Connection]:
+        """A connection for so long at the most, the roll-back of what went wrong included."""
+        connection = await self._pool.getconn()
+        try:
             # The pool waits with asyncio.wait_for, which loses a cancellation that comes together with its
             # result (Python 3.11): without this a stopped task would go on as if nobody had asked it to end.
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise asyncio.CancelledError
-            yield connection
+            with cut_after(connection, seconds):
+                async with connection:
+                    yield connection
+        finally:
+            await self._pool.putconn(connection)
 
 
 @contextmanager
 def cut_after(connection: Connection, seconds: float) -> Iterator[None]:
-    """A deadline that also ends waits on a link that went deaf: the socket is shut down under the driver.
-
-    Cancelling would not do: the driver then asks the server to cancel, and waits for it to say so.
-    """
-
-    def cut() -> None:
-        with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as link:
-            link.shutdown(socket.SHUT_RDWR)
-
-    timer = asyncio.get_running_loop().call_later(seconds, cut)
+    """A deadline that also ends waits on a link that went deaf."""
+    timer = asyncio.get_running_loop().call_later(seconds, cut, connection)
     try:
         yield
     finally:
         timer.cancel()
+
+
+def cut(connection: Connection) -> None:
+    """Shuts the socket down under the driver: whoever waits for the connection learns that it is gone."""
+    with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as link:
+        link.shutdown(socket.SHUT_RDWR)
 
 
 async def begin(connection: Connection, mode: LiteralString, *, statement_seconds: float) -> None:

@@ -58,6 +58,10 @@ class Reader:
         # The last look found nothing: whoever has time may add work of his own.
         self.caught_up = asyncio.Event()
 
+    def listen(self, bell: Bell) -> None:
+        """There is a bell now, where there was none."""
+        self._bell = bell
+
     def wake(self) -> None:
         self._wake.set()
 

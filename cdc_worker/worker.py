@@ -31,6 +31,8 @@ log = structlog.get_logger()
 _LASTING_SECONDS = 20.0
 # A stop that finds no session open has nothing to drain; a statement on its way may still end.
 _CUT_SHORT_SECONDS = 2.0
+# A session that has drained still notes how far it got, and lets go: each has its own deadline within this.
+_ENDING_SECONDS = 3.0
 
 
 class Worker:
@@ -71,10 +73,8 @@ class Worker:
         stopped = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait(
-                {running},
-                timeout=_CUT_SHORT_SECONDS if session.opened_at is None else self._settings.drain_seconds + 5.0,
-            )
+            drain_seconds = self._settings.drain_seconds + _ENDING_SECONDS
+            await asyncio.wait({running}, timeout=_CUT_SHORT_SECONDS if session.opened_at is None else drain_seconds)
         finally:
             stopped.cancel()
             if not running.done():

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cdc_worker import database, session, worker
 from cdc_worker.errors import ConfigError
 from cdc_worker.settings import Settings, load_settings
 
@@ -32,6 +33,14 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.log_level == "INFO"
     # What is read in one run must be noted well before the platform kills.
     assert settings.drain_seconds < 25
+
+
+def test_the_longest_stop_is_over_before_the_platform_kills(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Heroku waits 30 s. All that comes behind the drain has a deadline (test_links.py shows that they hold).
+    longest = load(monkeypatch, CDC_DRAIN_SECONDS="25").drain_seconds
+    assert session._LAST_SAVE_SECONDS + session._RELEASE_SECONDS <= worker._ENDING_SECONDS
+    assert longest + worker._ENDING_SECONDS + database._CLOSE_SECONDS < 30
+    assert worker._CUT_SHORT_SECONDS + session._RELEASE_SECONDS + database._CLOSE_SECONDS < 30
 
 
 def test_a_missing_database_is_named() -> None:
