@@ -47,7 +47,7 @@ class Connection(AsyncConnection[Row]):
         Its own way is to ask the server, over a new connection, and then to wait for the old one: 5 s for each, and
         on a link that went deaf in vain.
         """
-        cut(self)
+        self.pgconn.finish()
 
 
 def conninfo(dsn: str) -> str:
@@ -116,26 +116,29 @@ class Database:
 
 @contextmanager
 def cut_after(connection: Connection, seconds: float) -> Iterator[None]:
-    """A deadline that also ends waits on a link that went deaf."""
-    timer = asyncio.get_running_loop().call_later(seconds, cut, connection)
+    """A deadline that also ends waits on a link that went deaf: the socket is shut down under the driver."""
+
+    def cut() -> None:
+        with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as link:
+            link.shutdown(socket.SHUT_RDWR)
+
+    timer = asyncio.get_running_loop().call_later(seconds, cut)
     try:
         yield
     finally:
         timer.cancel()
 
 
-def cut(connection: Connection) -> None:
-    """Shuts the socket down under the driver: whoever waits for the connection learns that it is gone."""
-    with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as link:
-        link.shutdown(socket.SHUT_RDWR)
-
-
 async def begin(connection: Connection, mode: LiteralString, *, statement_seconds: float) -> None:
-    """Starts a transaction with its deadlines, in one round trip."""
+    """Starts a transaction with its deadlines, in one round trip.
+
+    The last one is for a worker that vanishes with its machine: what it locked is not locked for hours.
+    """
     milliseconds = int(statement_seconds * 1000)
     await connection.execute(
         f"begin {mode}; set local statement_timeout = {milliseconds}; "
-        f"set local lock_timeout = '{_LOCK_TIMEOUT}'; set local jit = off"
+        f"set local lock_timeout = '{_LOCK_TIMEOUT}'; set local jit = off; "
+        f"set local idle_in_transaction_session_timeout = {2 * milliseconds + int(_GRACE_SECONDS * 1000)}"
     )
 
 
