@@ -5,6 +5,7 @@ Works through PgBouncer in transaction mode: no named prepared statements, no st
 
 import asyncio
 import contextlib
+import math
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -15,6 +16,8 @@ import psycopg
 from psycopg import AsyncConnection, AsyncRawCursor
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import AsyncConnectionPool
+
+from cdc_worker.liveness import Liveness
 
 Row = tuple[Any, ...]
 
@@ -31,6 +34,7 @@ _DEFAULTS = {
 _LOCK_TIMEOUT = "1s"
 # On top of the server's own statement timeout: only a dead link lets this one strike.
 _GRACE_SECONDS = 5.0
+_POSTGRES = "a statement in Postgres"
 # Nothing is worth a longer wait for the pool's connections to say goodbye.
 _CLOSE_SECONDS = 1.0
 
@@ -64,8 +68,10 @@ async def connect(dsn: str) -> Connection:
 class Database:
     """A small pool. Three are in use at once at the most: reader, checkpoint, backfill; one is to spare."""
 
-    def __init__(self, dsn: str, *, statement_seconds: float) -> None:
+    def __init__(self, dsn: str, *, statement_seconds: float, liveness: Liveness | None = None) -> None:
         self._statement_seconds = statement_seconds
+        # Of a process that lives long; one that nobody has started watches nothing.
+        self._liveness = liveness if liveness is not None else Liveness(math.inf)
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             conninfo(dsn),
             connection_class=Connection,
@@ -100,6 +106,12 @@ class Database:
     @asynccontextmanager
     async def _borrow(self, seconds: float) -> AsyncIterator[Connection]:
         """A connection for so long at the most, the roll-back of what went wrong included."""
+        with self._liveness.waits_for(_POSTGRES):
+            async with self._connection(seconds) as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def _connection(self, seconds: float) -> AsyncIterator[Connection]:
         connection = await self._pool.getconn()
         try:
             # The pool waits with asyncio.wait_for, which loses a cancellation that comes together with its

@@ -14,6 +14,7 @@ from cdc_worker.deployment import Deployment
 from cdc_worker.documents import Event, Problem
 from cdc_worker.errors import Fenced, FunctionFailed, Misconfigured, Overloaded, Transient
 from cdc_worker.lanes import Lanes
+from cdc_worker.liveness import Liveness
 from cdc_worker.outage import Outage
 from cdc_worker.pace import Pace
 from cdc_worker.parking import Parking
@@ -39,6 +40,7 @@ class _FencedAnswer(TypedDict):
     epoch: float | None
 
 
+KEYS = "the outcome of a batch"
 _DEPLOY = "deploy the convex/ folder of this worker's version"
 _ANSWER: TypeAdapter[_Applied | _FencedAnswer] = TypeAdapter(_Applied | _FencedAnswer)
 
@@ -74,7 +76,9 @@ class Sender:
         batch_bytes: int,
         settled: Callable[[], None],
         tally: Tally,
+        liveness: Liveness,
     ) -> None:
+        self._liveness = liveness
         self._deployment = deployment
         self._lanes = lanes
         self._parking = parking
@@ -90,6 +94,8 @@ class Sender:
         self._under_way = 0
 
     def wake(self) -> None:
+        if self._lanes.keys:
+            self._liveness.works(KEYS)
         self._wake.set()
 
     def stop(self) -> None:
@@ -119,6 +125,7 @@ class Sender:
         await self._deliver([event for event in events if event.problem is None])
         self._under_way -= 1
         self._lanes.settle(events)
+        self._liveness.moved(KEYS) if self._lanes.keys else self._liveness.rests(KEYS)
         self._wake.set()
         self._settled()
 
@@ -139,6 +146,8 @@ class Sender:
             except Transient as error:
                 unknown = unknown or not isinstance(error, Overloaded)
                 raise
+            finally:
+                self._liveness.moved(KEYS)
 
         try:
             answer = await self._outage.insist(attempt)

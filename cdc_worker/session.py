@@ -24,7 +24,7 @@ from cdc_worker.pace import Pace
 from cdc_worker.parking import Parking
 from cdc_worker.reader import Reader
 from cdc_worker.registry import Registry
-from cdc_worker.sender import Sender, Tally
+from cdc_worker.sender import KEYS, Sender, Tally
 from cdc_worker.settings import Settings
 
 log = structlog.get_logger()
@@ -92,6 +92,7 @@ class Session:
                 await self._hold(held, stop)
         finally:
             self._liveness.rests(_CHECKPOINT)
+            self._liveness.rests(KEYS)
             with contextlib.suppress(*GONE, psycopg.Error):
                 async with asyncio.timeout(_RELEASE_SECONDS):
                     await self._checkpoint.release()
@@ -120,7 +121,8 @@ class Session:
 
     async def _make_bell(self) -> Bell:
         direct = self._settings.listen_database_url or self._settings.database_url
-        return await Bell.open(direct.get_secret_value(), lambda: ring(self._database))
+        with self._liveness.waits_for("a connection that listens"):
+            return await Bell.open(direct.get_secret_value(), lambda: ring(self._database))
 
     async def _wait_for_bell(self, reader: Reader) -> None:
         """Goes from polling to listening as soon as LISTEN_DATABASE_URL is within reach."""
@@ -188,6 +190,7 @@ class Session:
             batch_bytes=settings.batch_bytes,
             settled=self._settled.set,
             tally=self._tally,
+            liveness=self._liveness,
         )
 
         def added() -> None:

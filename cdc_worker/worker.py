@@ -29,6 +29,7 @@ log = structlog.get_logger()
 
 # A session that lasted so long was well: what ended it is a new trouble. One that did not is the old one.
 _LASTING_SECONDS = 20.0
+_STOP = "the end of what is under way"
 # A stop that finds no session open has nothing to drain; a statement on its way may still end.
 _CUT_SHORT_SECONDS = 2.0
 # A session that has drained still notes how far it got, and lets go: each has its own deadline within this.
@@ -47,14 +48,19 @@ class Worker:
         self._liveness = Liveness(settings.stall_seconds)
 
     def stop(self) -> None:
+        self._liveness.moved(_STOP)
         self._stop.set()
 
     async def run(self) -> None:
         settings = self._settings
         self._liveness.start()
+        turning = asyncio.create_task(self._liveness.run())
+        await asyncio.sleep(0)  # it has begun
         log.info("worker.started", mirrors=len(self._mirrors), holder=self._name)
         async with Database(
-            settings.database_url.get_secret_value(), statement_seconds=settings.statement_seconds
+            settings.database_url.get_secret_value(),
+            statement_seconds=settings.statement_seconds,
+            liveness=self._liveness,
         ) as database:
             missing = settings.missing_for_convex
             if settings.convex_url is None or missing:
@@ -64,6 +70,7 @@ class Worker:
                     settings.convex_url, settings.convex_deploy_key, timeout_seconds=settings.convex_timeout_seconds
                 ) as deployment:
                     await self._sessions(database, deployment)
+        turning.cancel()
         self._liveness.end()
         log.info("worker.stopped")
 

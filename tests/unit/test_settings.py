@@ -87,6 +87,7 @@ BOUNDS = [
     ("CDC_STATEMENT_SECONDS", "-1", "greater than or equal to 0.1"),
     ("CDC_DRAIN_SECONDS", "26", "less than or equal to 25"),
     ("CDC_HEARTBEAT_SECONDS", "0", "greater than or equal to 1"),
+    ("CDC_STALL_SECONDS", "59", "greater than or equal to 60"),
     ("LOG_LEVEL", "LOUD", "'DEBUG', 'INFO', 'WARNING' or 'ERROR'"),
     ("LOG_FORMAT", "xml", "'console' or 'json'"),
     ("CONVEX_URL", "a.convex.cloud", "must be an address like https://"),
@@ -105,6 +106,24 @@ def test_a_refusal_names_setting_bound_and_value(
     if not name.startswith("NEXT_"):
         assert line.startswith(f"{name}: ")
     assert value in line
+
+
+WAITS = {
+    "CDC_STATEMENT_SECONDS": ("600", "must be above 1215, since CDC_STATEMENT_SECONDS allows"),
+    "CDC_CONVEX_TIMEOUT_SECONDS": ("300", "must be above 600, since CDC_CONVEX_TIMEOUT_SECONDS allows"),
+    "CDC_BACKOFF_SECONDS": ("300", "must be above 300, since CDC_BACKOFF_SECONDS allows"),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_wait_that_is_allowed_is_no_stall(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    value, words = WAITS[name]
+    with pytest.raises(ConfigError, match=words):
+        load(monkeypatch, CDC_STALL_SECONDS="300", **{name: value})
+    # Least of all with the least of it, and all others as they are.
+    assert load(monkeypatch, CDC_STALL_SECONDS="7200", **{name: value}).stall_seconds == 7200
+    monkeypatch.delenv(name)
+    assert load(monkeypatch, CDC_STALL_SECONDS="60").stall_seconds == 60
 
 
 def test_all_refusals_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
