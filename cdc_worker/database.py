@@ -15,16 +15,18 @@ from typing import Any, LiteralString, Self
 import psycopg
 from psycopg import AsyncConnection, AsyncRawCursor
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from cdc_worker.liveness import Liveness
 
 Row = tuple[Any, ...]
 
+# For a connection, a new one or one of the pool's.
+_CONNECT_SECONDS = 10
 # What the connection string says goes before these. A dead peer is noticed within about 30 s even without a statement.
 _DEFAULTS = {
     "application_name": "cdc_worker",
-    "connect_timeout": "10",
+    "connect_timeout": str(_CONNECT_SECONDS),
     "keepalives_idle": "10",
     "keepalives_interval": "5",
     "keepalives_count": "3",
@@ -78,7 +80,7 @@ class Database:
             kwargs={"autocommit": True, "prepare_threshold": None, "cursor_factory": AsyncRawCursor},
             min_size=1,
             max_size=4,
-            timeout=10.0,
+            timeout=_CONNECT_SECONDS,
             open=False,
             name="cdc_worker",
         )
@@ -112,7 +114,12 @@ class Database:
 
     @asynccontextmanager
     async def _connection(self, seconds: float) -> AsyncIterator[Connection]:
-        connection = await self._pool.getconn()
+        try:
+            connection = await self._pool.getconn()
+        except PoolTimeout:
+            raise PoolTimeout(
+                f"no connection within {_CONNECT_SECONDS} s: all are in use, or Postgres (or its pooler) gives no more"
+            ) from None
         try:
             # The pool waits with asyncio.wait_for, which loses a cancellation that comes together with its
             # result (Python 3.11): without this a stopped task would go on as if nobody had asked it to end.

@@ -27,6 +27,8 @@ _LARGE_ROW_BYTES = 16_384
 # All documents of a page together, unless a single one is larger.
 _PAGE_BYTES = 8 * 1024 * 1024
 _NO_LIMIT = 2_147_483_647
+# A page whose query passed the time limit is read again with one row in so many.
+_SLOW_SHARE = 8
 
 
 @dataclass
@@ -71,14 +73,28 @@ class LateReader:
     def __init__(self, database: Database, mirrors: Mapping[int, MirrorState], *, page_rows: int) -> None:
         self._database = database
         self._mirrors = mirrors
+        self._most_rows = page_rows
         self._page_rows = page_rows
 
     async def read(self, position: Position, number: int) -> Readings:
         """The next page behind `position`, its readings numbered `number`."""
+        while True:
+            try:
+                readings = await self._read_well_or_carefully(position, number)
+            except psycopg.errors.QueryCanceled:
+                if self._page_rows == 1:
+                    raise
+                # Smaller pages, not halves of this one: what is quick is acknowledged while the slow is searched for.
+                self._page_rows = max(self._page_rows // _SLOW_SHARE, 1)
+            else:
+                self._page_rows = min(self._page_rows * 2, self._most_rows)
+                return readings
+
+    async def _read_well_or_carefully(self, position: Position, number: int) -> Readings:
         try:
             return await self._read(position, number, careful=False)
         except psycopg.Error as error:
-            if is_gone(error):
+            if is_gone(error) or (isinstance(error, psycopg.errors.QueryCanceled) and self._page_rows > 1):
                 raise
             return await self._read(position, number, careful=True)
 
@@ -122,7 +138,7 @@ class LateReader:
             async with connection.transaction():
                 return await _query(connection, state.plan, keys, _LARGE_ROW_BYTES)
         except psycopg.Error as error:
-            if is_gone(error):
+            if is_gone(error) or (isinstance(error, psycopg.errors.QueryCanceled) and len(keys) > 1):
                 raise
             if (error.sqlstate or "").startswith(("42", "55")):
                 # The query as a whole: an unknown column or table, a right taken away, a table that is locked.

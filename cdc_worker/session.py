@@ -41,6 +41,7 @@ _LAST_SAVE_SECONDS = 2.0
 _RELEASE_SECONDS = 1.0
 # Where the size of a batch starts from; the deployment's answers decide what it becomes.
 _FIRST_BATCH_KEYS = 250
+_READ_ONLY = "this database is read-only (a standby?): point DATABASE_URL at the primary"
 _CHECKPOINT = "a checkpoint in Postgres"
 
 
@@ -104,6 +105,8 @@ class Session:
     async def _open_bell(self) -> Bell | None:
         try:
             return await self._make_bell()
+        except psycopg.errors.ReadOnlySqlTransaction:
+            raise SchemaError(_READ_ONLY) from None
         except NoBell as error:
             cause = str(error)
         except GONE:
@@ -143,9 +146,7 @@ class Session:
             except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
                 raise SchemaError("this database has no schema cdc: run `cdc-worker migrate`") from None
             except psycopg.errors.ReadOnlySqlTransaction:
-                raise SchemaError(
-                    "this database is read-only (a standby?): point DATABASE_URL at the primary"
-                ) from None
+                raise SchemaError(_READ_ONLY) from None
             if held is not None:
                 return held
             if not said:

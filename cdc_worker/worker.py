@@ -128,7 +128,7 @@ class Worker:
             except* (SchemaError, ConfigError) as group:
                 pause = troubles.note("database.not_ready", _cause(group))
             except* GONE as group:
-                pause = troubles.note("database.unreachable", _cause(group))
+                pause = troubles.note("database.refuses" if _answered(group) else "database.unreachable", _cause(group))
             except* psycopg.Error as group:
                 pause = troubles.note("database.refuses", _cause(group))
             else:
@@ -140,10 +140,21 @@ class Worker:
                     await self._stop.wait()
 
 
-def _cause(group: BaseExceptionGroup[BaseException]) -> str:
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    return error
+
+
+def _answered(group: BaseExceptionGroup[BaseException]) -> bool:
+    """Postgres is there, and says what it lacks (a disk, memory), rather than that it goes away."""
+    error = _first(group)
+    return isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith(("53", "54", "58"))
+
+
+def _cause(group: BaseExceptionGroup[BaseException]) -> str:
+    error = _first(group)
     if isinstance(error, psycopg.Error):
         # Of a failed connection there is no diagnosis, and the text names host and role, not the password.
         text = error.diag.message_primary or str(error).split("\n", 1)[0]

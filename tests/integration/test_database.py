@@ -54,6 +54,15 @@ async def test_a_statement_that_is_cancelled_lets_its_task_go_at_once(pool: Data
     assert time.monotonic() - started < 1
 
 
+async def test_a_pool_that_is_used_up_is_said_in_words(pool: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool._pool, "timeout", 0.2)
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(4):
+            await stack.enter_async_context(pool.transaction())
+        with pytest.raises(psycopg.OperationalError, match="all are in use, or Postgres"):
+            await pool.execute("select 1")
+
+
 async def test_a_roll_back_over_a_deaf_link_has_a_deadline(
     database: str, link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
