@@ -11,8 +11,8 @@ import pytest
 
 from cdc_worker.mirrors import Mirror
 from dev import local_convex as convex
-from dev.chaos.link import Network
 from tests.integration.application import CHECK_INS, TABLES, Database
+from tests.integration.interposed import Interposed, held_until
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import Child, child, environment
 
@@ -58,16 +58,16 @@ async def said(worker: Child, event: str, *, times: int = 1) -> None:
 async def test_one_that_stalled_with_a_batch_under_way_does_no_harm_when_it_wakes(  # noqa: PLR0917  # fixtures
     db: Database, local_convex: convex.LocalConvex, mirror: Mirror, mirrored: Mirrored, tmp_path: Path, user: str
 ) -> None:
-    async with Network(local_convex.url) as network:
-        between = convex.LocalConvex(network.url, local_convex.admin_key, local_convex.process)
-        env = environment(db.dsn, between, tmp_path / "toml", CDC_LEASE_SECONDS=LEASE_SECONDS)
+    async with Interposed(local_convex) as between:
+        released = asyncio.Event()
+        env = environment(db.dsn, between.convex, tmp_path / "toml", CDC_LEASE_SECONDS=LEASE_SECONDS)
         with child(tmp_path, env, mirrors=[mirror], name="first") as first:
             await said(first, "backfill.done")
-            network.set("hold")
+            between.fault = held_until(released)
             check_in(db, user, "1", "what the first one read")
-            await eventually(lambda: network.under_way, 1)
+            await eventually(lambda: between.open, 1)
             first.process.signal(signal.SIGSTOP)
-            network.set("clear")
+            between.fault = None
             with child(tmp_path, env, name="second") as second:
                 await said(second, "lease.standby")
                 check_in(db, user, "1", "what came after")
@@ -75,8 +75,8 @@ async def test_one_that_stalled_with_a_batch_under_way_does_no_harm_when_it_wake
                 await said(second, "session.open")
                 await eventually(lambda: mirrored.descriptions(user), ["new", "what came after"])
                 # Its batch is carried out now, and then it goes on where it stood.
-                network.release()
-                await eventually(lambda: network.under_way, 0)
+                released.set()
+                await eventually(lambda: between.open, 0)
                 first.process.signal(signal.SIGCONT)
                 check_in(db, user, "3", "newest")
                 await said(first, "session.fenced")
