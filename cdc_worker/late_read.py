@@ -19,8 +19,6 @@ from cdc_worker.plan import Plan
 
 log = structlog.get_logger()
 
-_SNAPSHOT = "isolation level repeatable read read only"
-
 # A larger row is only measured at first. A page of 1,000 rows that are not large has at most 16 MiB.
 _LARGE_ROW_BYTES = 16_384
 # All documents of a page together, unless a single one is larger.
@@ -74,8 +72,8 @@ class LateReader:
 
     async def _read(self, position: Position, number: int, *, careful: bool) -> Readings:
         """Careful: behind savepoints, so that one mirror's error is its own, and a row's is found by halving."""
-        async with self._database.transaction(_SNAPSHOT) as connection:
-            page = await read_page(connection, position, self._page_rows)
+        async with self._database.snapshot() as (connection, now):
+            page = await read_page(connection, now, position, self._page_rows)
             keys = _distinct_keys(page.rows)
             states = [state for mirror_id in keys if not (state := self._mirror(mirror_id)).retired]
             found = {
