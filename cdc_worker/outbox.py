@@ -7,6 +7,7 @@ window larger than a page is read page by page with its end fixed; then the next
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cdc_worker.capture import CHANNEL
 from cdc_worker.database import Connection, Database, fetch
@@ -22,8 +23,7 @@ class Position:
     after_id: int = 0
 
 
-@dataclass(frozen=True)
-class LogRow:
+class LogRow(NamedTuple):
     mirror_id: int
     # None: rescan the mirror
     key: str | None
