@@ -82,7 +82,6 @@ class Reader:
                     await self._rest()
         finally:
             self._liveness.rests(_READER)
-            await self._disarm()
 
     async def _room(self) -> bool:
         """Waits until the lanes can take a page; False if stopped."""
@@ -128,9 +127,11 @@ class Reader:
         began = time.monotonic()
         while not await bell.wait(self._wake, _LOOKOUT_SECONDS):
             if await self._something():
-                return
+                # It should have rung: this asks it whether it is still there.
+                return await self._disarm()
         if time.monotonic() - began < _LIKELY_SECONDS:
             await self._disarm()
+        return None
 
     async def _disarm(self) -> None:
         if self._armed and self._bell is not None:
