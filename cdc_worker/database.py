@@ -40,6 +40,9 @@ _POSTGRES = "a statement in Postgres"
 # Nothing is worth a longer wait for the pool's connections to say goodbye.
 _CLOSE_SECONDS = 1.0
 
+_ONE_SNAPSHOT: LiteralString = "isolation level repeatable read read only"
+_NOW: LiteralString = "select pg_current_snapshot()::text"
+
 # The errors that say "this connection, or the whole database, is gone": the session starts anew.
 GONE = (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError, OSError)
 
@@ -99,10 +102,23 @@ class Database:
 
     @asynccontextmanager
     async def transaction(self, mode: LiteralString = "") -> AsyncIterator[Connection]:
-        """A transaction in `mode`, for instance `isolation level repeatable read read only`."""
-        async with self._borrow(self._statement_seconds * 2 + _GRACE_SECONDS) as connection:
-            await begin(connection, mode, statement_seconds=self._statement_seconds)
+        """A transaction in `mode`, for instance `read only`."""
+        async with self._begun(mode) as (connection, _):
             yield connection
+
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[tuple[Connection, str]]:
+        """A transaction that reads one snapshot; and that snapshot, as Postgres writes it."""
+        async with self._begun(_ONE_SNAPSHOT, _NOW) as (connection, ((now,),)):
+            yield connection, now
+
+    @asynccontextmanager
+    async def _begun(
+        self, mode: LiteralString, first: LiteralString = ""
+    ) -> AsyncIterator[tuple[Connection, list[Row]]]:
+        async with self._borrow(self._statement_seconds * 2 + _GRACE_SECONDS) as connection:
+            rows = await begin(connection, mode, first, statement_seconds=self._statement_seconds)
+            yield connection, rows
             await connection.commit()
 
     @asynccontextmanager
@@ -148,17 +164,22 @@ def cut_after(connection: Connection, seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-async def begin(connection: Connection, mode: LiteralString, *, statement_seconds: float) -> None:
-    """Starts a transaction with its deadlines, in one round trip.
+async def begin(
+    connection: Connection, mode: LiteralString, first: LiteralString = "", *, statement_seconds: float
+) -> list[Row]:
+    """Starts a transaction with its deadlines, and a `first` statement: its rows. All in one round trip.
 
-    The last one is for a worker that vanishes with its machine: what it locked is not locked for hours.
+    The last deadline is for a worker that vanishes with its machine: what it locked is not locked for hours.
     """
     milliseconds = int(statement_seconds * 1000)
-    await connection.execute(
+    cursor = await connection.execute(
         f"begin {mode}; set local statement_timeout = {milliseconds}; "
         f"set local lock_timeout = '{_LOCK_TIMEOUT}'; set local jit = off; "
-        f"set local idle_in_transaction_session_timeout = {2 * milliseconds + int(_GRACE_SECONDS * 1000)}"
+        f"set local idle_in_transaction_session_timeout = {2 * milliseconds + int(_GRACE_SECONDS * 1000)}; {first}"
     )
+    while cursor.nextset():
+        pass
+    return await cursor.fetchall() if cursor.description is not None else []
 
 
 async def fetch(connection: Connection, statement: LiteralString, *params: Any) -> list[Row]:

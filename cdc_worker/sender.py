@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -118,7 +119,7 @@ class Sender:
                 await self._wake.wait()
 
     async def _deliver_whole(self, events: Sequence[Event]) -> None:
-        unfit = {(event.mirror_id, event.key): event.problem for event in events if event.problem is not None}
+        unfit = {event[:2]: event.problem for event in events if event.problem is not None}
         if unfit:
             self._tally.add("parked", len(unfit))
             await self._parking.park(unfit)
@@ -199,23 +200,17 @@ class Sender:
             return
         (event,) = events
         self._tally.add("parked")
-        await self._parking.park({(event.mirror_id, event.key): ("refused", reason)})
+        await self._parking.park({event[:2]: ("refused", reason)})
 
     async def _note(self, events: Sequence[Event], verdicts: Sequence[_Verdict], started: float) -> None:
-        refused: dict[tuple[int, str], Problem] = {}
-        good: list[tuple[int, str]] = []
-        counts: dict[str, int] = {}
-        for event, verdict in zip(events, verdicts, strict=True):
-            key = (event.mirror_id, event.key)
-            if isinstance(verdict, str):
-                good.append(key)
-                counts[verdict] = counts.get(verdict, 0) + 1
-            else:
-                refused[key] = ("rejected", verdict["rejected"])
-                counts["parked"] = counts.get("parked", 0) + 1
+        pairs = list(zip(events, verdicts, strict=True))
+        refused: dict[tuple[int, str], Problem] = {
+            event[:2]: ("rejected", verdict["rejected"]) for event, verdict in pairs if not isinstance(verdict, str)
+        }
+        counts = Counter(verdict if isinstance(verdict, str) else "parked" for verdict in verdicts)
         for verdict_name, keys in counts.items():
             self._tally.add(verdict_name, keys)
         self._tally.batches += 1
         await self._parking.park(refused)
-        await self._parking.settle(good)
+        await self._parking.settle(event[:2] for event, verdict in pairs if isinstance(verdict, str))
         log.debug("batch.applied", keys=len(events), took_ms=round((time.monotonic() - started) * 1000, 1), **counts)
