@@ -127,8 +127,8 @@ class Settings(ConvexSettings):
             "CDC_POLL_SECONDS": given.get("poll_seconds", 0.0),
         }
         name = max(waits, key=waits.__getitem__)
-        if value <= waits[name]:
-            raise ValueError(f"must be above {waits[name]:g}, since {name} allows a single wait of so many seconds")
+        if value < waits[name]:
+            raise ValueError(f"must be at least {waits[name]:g}, since {name} allows a single wait of so many seconds")
         return value
 
 

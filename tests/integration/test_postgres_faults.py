@@ -29,6 +29,7 @@ pytestmark = pytest.mark.one_postgres
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(care, "_MENDING_SECONDS", 0.2)
+    monkeypatch.setattr(care, "_SELDOM_SECONDS", 0.4)
     monkeypatch.setattr(care, "_RESCAN_SECONDS", 0.05)
 
 

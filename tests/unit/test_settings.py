@@ -109,9 +109,9 @@ def test_a_refusal_names_setting_bound_and_value(
 
 
 WAITS = {
-    "CDC_STATEMENT_SECONDS": ("600", "must be above 1215, since CDC_STATEMENT_SECONDS allows"),
-    "CDC_CONVEX_TIMEOUT_SECONDS": ("300", "must be above 600, since CDC_CONVEX_TIMEOUT_SECONDS allows"),
-    "CDC_BACKOFF_SECONDS": ("300", "must be above 300, since CDC_BACKOFF_SECONDS allows"),
+    "CDC_STATEMENT_SECONDS": ("600", "must be at least 1215, since CDC_STATEMENT_SECONDS allows"),
+    "CDC_CONVEX_TIMEOUT_SECONDS": ("300", "must be at least 600, since CDC_CONVEX_TIMEOUT_SECONDS allows"),
+    "CDC_BACKOFF_SECONDS": ("300", "must be at least 300, since CDC_BACKOFF_SECONDS allows"),
 }
 
 
@@ -119,7 +119,7 @@ WAITS = {
 def test_a_wait_that_is_allowed_is_no_stall(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     value, words = WAITS[name]
     with pytest.raises(ConfigError, match=words):
-        load(monkeypatch, CDC_STALL_SECONDS="300", **{name: value})
+        load(monkeypatch, CDC_STALL_SECONDS="299", **{name: value})
     # Least of all with the least of it, and all others as they are.
     assert load(monkeypatch, CDC_STALL_SECONDS="7200", **{name: value}).stall_seconds == 7200
     monkeypatch.delenv(name)
