@@ -11,7 +11,7 @@ import psycopg
 
 from cdc_worker.checkpoint import Held
 from cdc_worker.database import Database
-from cdc_worker.errors import SchemaError
+from cdc_worker.errors import READ_ONLY, SchemaError
 from cdc_worker.outbox import Position, Shard
 
 # One statement, so that an idle worker costs next to nothing: it shows that this worker lives ($2: for how many
@@ -85,7 +85,7 @@ class Allotment:
         except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedColumn):
             raise SchemaError("this database has no schema cdc of this version: run `cdc-worker migrate`") from None
         except psycopg.errors.ReadOnlySqlTransaction:
-            raise SchemaError("this database is read-only (a standby?): point DATABASE_URL at the primary") from None
+            raise SchemaError(READ_ONLY) from None
         if len(rows) != self._shards:
             raise SchemaError(
                 f"the database has {len(rows)} shards, CDC_SHARDS is {self._shards}: run `cdc-worker migrate`"

@@ -7,9 +7,10 @@ window larger than a page is read page by page with its end fixed; then the next
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cdc_worker.capture import CHANNEL
-from cdc_worker.database import Connection, Database, fetch, fetch_one
+from cdc_worker.database import Connection, Database, fetch
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,7 @@ class Position:
     after_id: int = 0
 
 
-@dataclass(frozen=True)
-class LogRow:
+class LogRow(NamedTuple):
     mirror_id: int
     # None: rescan the mirror
     key: str | None
@@ -83,7 +83,6 @@ select mirror, key, xid::text, id, greatest(extract(epoch from clock_timestamp()
 ) as page
 order by page.xid, page.id limit $5
 """
-_NOW = "select pg_current_snapshot()::text"
 _LOOK = """
 select pg_current_snapshot()::text,
        exists (select from cdc.outbox
@@ -124,11 +123,9 @@ async def backlog(database: Database, shard: Shard, position: Position, most: in
     return int(rows)
 
 
-async def read_page(connection: Connection, shard: Shard, position: Position, limit: int) -> Page:
-    """The shard's next rows of the log. `connection` is in a repeatable-read transaction, whose snapshot the rows
-    are read in.
-    """
-    end = position.window_end or (await fetch_one(connection, _NOW))[0]
+async def read_page(connection: Connection, shard: Shard, now: str, position: Position, limit: int) -> Page:
+    """The shard's next rows of the log. `connection` is in a repeatable-read transaction, whose snapshot is `now`."""
+    end = position.window_end or now
     after = (str(position.after_xid), position.after_id)
     found = await fetch(connection, PAGE, position.snapshot, end, *after, limit, shard.of, shard.number)
     rows = [LogRow(mirror, key, int(xid), row_id) for mirror, key, xid, row_id, _ in found]

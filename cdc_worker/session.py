@@ -12,6 +12,7 @@ from cdc_worker.care import Care, heartbeat
 from cdc_worker.checkpoint import Checkpoint, Held
 from cdc_worker.database import GONE, Database
 from cdc_worker.deployment import Deployment
+from cdc_worker.errors import READ_ONLY, SchemaError
 from cdc_worker.lanes import Lanes
 from cdc_worker.listener import Bell, NoBell
 from cdc_worker.liveness import Liveness
@@ -23,16 +24,20 @@ from cdc_worker.pace import Pace
 from cdc_worker.parking import Parking
 from cdc_worker.reader import Reader
 from cdc_worker.registry import Registry
-from cdc_worker.sender import Sender, Tally
+from cdc_worker.sender import KEYS, Sender, Tally
 from cdc_worker.settings import Settings
 
 log = structlog.get_logger()
 
+# How often a direct connection is tried anew that was out of reach when the session began.
+_BELL_SECONDS = 60.0
 # A checkpoint for each batch would cost a commit each; what is acknowledged and not yet noted is only delivered twice.
 _CHECKPOINT_SECONDS = 0.1
 # The position of an idle shard moves on with each look; that is worth a commit now and then, for rotation's sake.
 _UNMOVED_SECONDS = 30.0
-_RELEASE_SECONDS = 3.0
+# What a stop does behind its drain, for a platform that kills 30 s after its signal: noting how far it got, letting go.
+_LAST_SAVE_SECONDS = 2.0
+_RELEASE_SECONDS = 1.0
 # Where the size of a batch starts from; the deployment's answers decide what it becomes.
 _FIRST_BATCH_KEYS = 250
 _CHECKPOINT = "a checkpoint in Postgres"
@@ -71,6 +76,9 @@ class Session:
         self._tally = tally
         self._settled = asyncio.Event()
         self._saved: Position | None = None
+        self._bell: Bell | None = None
+        # LISTEN_DATABASE_URL may come back; a pooler stays a pooler.
+        self._bell_may_come = False
         # When it opened its shard (monotonic): a stop then drains it, rather than to cut it short.
         self.opened_at: float | None = None
 
@@ -84,23 +92,30 @@ class Session:
 
         `known_saves`: how often this process knows the shard's checkpoint to have been saved.
         """
-        bell: Bell | None = None
         try:
-            bell = await self._open_bell()
-            if bell is not None:
-                await self._checkpoint.note_listener(bell.pid)
+            self._bell = await self._open_bell()
+            if self._bell is not None:
+                await self._checkpoint.note_listener(self._bell.pid)
             await self._registry.load()
             await self._parking.load()
             opened = await self._open(stop, known_saves)
             if opened is not None:
-                await self._work(opened, bell, stop)
+                await self._work(opened, stop)
         finally:
             self._liveness.rests(_CHECKPOINT)
-            if bell is not None:
-                await bell.close()
+            self._liveness.rests(KEYS)
+            await self._let_go()
+
+    async def _let_go(self) -> None:
+        try:
             with contextlib.suppress(*GONE, psycopg.Error):
                 async with asyncio.timeout(_RELEASE_SECONDS):
                     await self._checkpoint.release()
+                    if self._bell is not None:
+                        await self._bell.end_backend(self._database)
+        finally:
+            if self._bell is not None:
+                await self._bell.close()
 
     async def _open(self, stop: asyncio.Event, known_saves: int) -> Opened | None:
         """The opened shard, or None if a stop came first: Convex may be away for hours."""
@@ -125,17 +140,17 @@ class Session:
             await asyncio.gather(opening, stopped, return_exceptions=True)
 
     async def _open_bell(self) -> Bell | None:
-        direct = self._settings.listen_database_url or self._settings.database_url
         try:
-            return await Bell.open(
-                direct.get_secret_value(), lambda: ring(self._database), alone=self._settings.shards == 1
-            )
+            return await self._make_bell()
+        except psycopg.errors.ReadOnlySqlTransaction:
+            raise SchemaError(READ_ONLY) from None
         except NoBell as error:
             cause = str(error)
         except GONE:
             if self._settings.listen_database_url is None:
                 raise
             cause = "LISTEN_DATABASE_URL is out of reach"
+            self._bell_may_come = True
         log.warning(
             "listen.unavailable",
             cause=cause,
@@ -144,7 +159,23 @@ class Session:
         )
         return None
 
-    async def _work(self, opened: Opened, bell: Bell | None, stop: asyncio.Event) -> None:
+    async def _make_bell(self) -> Bell:
+        direct = self._settings.listen_database_url or self._settings.database_url
+        with self._liveness.waits_for("a connection that listens"):
+            return await Bell.open(direct.get_secret_value(), lambda: ring(self._database), alone=self._shard.of == 1)
+
+    async def _wait_for_bell(self, reader: Reader) -> None:
+        """Goes from polling to listening as soon as LISTEN_DATABASE_URL is within reach."""
+        while self._bell_may_come and self._bell is None:
+            await asyncio.sleep(_BELL_SECONDS)
+            with contextlib.suppress(NoBell, *GONE):
+                self._bell = await self._make_bell()
+        if self._bell_may_come and self._bell is not None:
+            reader.listen(self._bell)
+            await self._checkpoint.note_listener(self._bell.pid)
+            log.info("listen.recovered", cure="none needed: changes ring again")
+
+    async def _work(self, opened: Opened, stop: asyncio.Event) -> None:
         settings = self._settings
         pace = Pace(
             keys=_FIRST_BATCH_KEYS,
@@ -162,6 +193,7 @@ class Session:
             batch_bytes=settings.batch_bytes,
             settled=self._settled.set,
             tally=self._tally,
+            liveness=self._liveness,
         )
 
         care = Care(
@@ -183,7 +215,7 @@ class Session:
 
         reader = Reader(
             self._database,
-            bell,
+            self._bell,
             self._registry.states,
             self._lanes,
             opened.position,
@@ -195,7 +227,7 @@ class Session:
             liveness=self._liveness,
         )
         self._on_open()
-        log.info("session.open", shard=str(self._shard), epoch=opened.epoch, listen=bell is not None)
+        log.info("session.open", shard=str(self._shard), epoch=opened.epoch, listen=self._bell is not None)
         self.opened_at = time.monotonic()
         if self._shard.of > 1:
             await ring(self._database)  # the reader before may have died at the gate, with others asleep behind it
@@ -205,6 +237,7 @@ class Session:
             others = [
                 tasks.create_task(self._keep_checkpoint(reader)),
                 tasks.create_task(care.run(reader)),
+                tasks.create_task(self._wait_for_bell(reader)),
                 tasks.create_task(
                     heartbeat(
                         self._database,
@@ -233,7 +266,8 @@ class Session:
             drained = reading.done() and sending.done()
             for task in (reading, sending, *others):
                 task.cancel()
-        await self._save(reader)
+        async with asyncio.timeout(_LAST_SAVE_SECONDS):
+            await self._save(reader)
         say = log.info if drained else log.warning
         say(
             "session.drained" if drained else "session.drain_timed_out",

@@ -35,7 +35,10 @@ _LASTING_SECONDS = 20.0
 _CUT_SHORT_SECONDS = 2.0
 # While there may be a shard to take over, one look in so many seconds: how soon a dead worker is replaced.
 _STANDBY_SECONDS = 1.0
-_LEAVE_SECONDS = 2.0
+# A session that has drained still notes how far it got, and lets go: each has its own deadline within this.
+_ENDING_SECONDS = 3.0
+# For a last word to Postgres, and for a statement that is cut short to give its connection back.
+_LAST_WORD_SECONDS = 0.25
 
 
 class _Reading:
@@ -62,7 +65,7 @@ class _Reading:
             await asyncio.wait({self._running, stopped}, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait(
                 {self._running},
-                timeout=_CUT_SHORT_SECONDS if self.session.opened_at is None else self._drain_seconds + 5.0,
+                timeout=_CUT_SHORT_SECONDS if self.session.opened_at is None else self._drain_seconds + _ENDING_SECONDS,
             )
         finally:
             stopped.cancel()
@@ -121,7 +124,7 @@ class Shards:
             for reading in self._readings.values():
                 reading.task.cancel()
         with contextlib.suppress(*GONE, psycopg.Error):
-            async with asyncio.timeout(_LEAVE_SECONDS):
+            async with asyncio.timeout(_LAST_WORD_SECONDS):
                 await self._allotment.leave()
 
     async def _drain(self) -> None:
@@ -176,7 +179,9 @@ class Shards:
             pause = self._troubles.note("database.not_ready", _cause(group))
         except* GONE as group:
             self._unreachable = True
-            pause = self._troubles.note("database.unreachable", _cause(group))
+            pause = self._troubles.note(
+                "database.refuses" if _answered(group) else "database.unreachable", _cause(group)
+            )
         except* psycopg.Error as group:
             pause = self._troubles.note("database.refuses", _cause(group))
         return pause
@@ -233,13 +238,24 @@ class Shards:
 async def _cut_short(task: asyncio.Task[float] | asyncio.Task[None]) -> None:
     """A statement that is under way gives its connection back, if that does not take too long."""
     task.cancel()
-    await asyncio.wait({task}, timeout=_CUT_SHORT_SECONDS)
+    await asyncio.wait({task}, timeout=_LAST_WORD_SECONDS)
 
 
-def _cause(group: BaseExceptionGroup[BaseException]) -> str:
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    return error
+
+
+def _answered(group: BaseExceptionGroup[BaseException]) -> bool:
+    """Postgres is there, and says what it lacks (a disk, memory), rather than that it goes away."""
+    error = _first(group)
+    return isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith(("53", "54", "58"))
+
+
+def _cause(group: BaseExceptionGroup[BaseException]) -> str:
+    error = _first(group)
     if isinstance(error, psycopg.Error):
         # Of a failed connection there is no diagnosis, and the text names host and role, not the password.
         text = error.diag.message_primary or str(error).split("\n", 1)[0]

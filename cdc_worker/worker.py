@@ -19,6 +19,8 @@ from cdc_worker.shards import Shards
 
 log = structlog.get_logger()
 
+_STOP = "the end of what is under way"
+
 
 class Worker:
     """One process. `run` returns after `stop`; it never raises for what can pass."""
@@ -31,16 +33,20 @@ class Worker:
         self._liveness = Liveness(settings.stall_seconds)
 
     def stop(self) -> None:
+        self._liveness.moved(_STOP)
         self._stop.set()
 
     async def run(self) -> None:
         settings = self._settings
         self._liveness.start()
+        turning = asyncio.create_task(self._liveness.run())
+        await asyncio.sleep(0)  # it has begun
         log.info("worker.started", mirrors=len(self._mirrors), holder=self._name)
         async with Database(
             settings.database_url.get_secret_value(),
             statement_seconds=settings.statement_seconds,
             shards=settings.shards,
+            liveness=self._liveness,
         ) as database:
             missing = settings.missing_for_convex
             if settings.convex_url is None or missing:
@@ -53,6 +59,7 @@ class Worker:
                         settings, self._mirrors, database, deployment, name=self._name, liveness=self._liveness
                     )
                     await shards.serve(self._stop)
+        turning.cancel()
         self._liveness.end()
         log.info("worker.stopped")
 

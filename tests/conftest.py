@@ -19,12 +19,11 @@ from dev import local_convex as convex
 from dev import pgbouncer as bouncer
 from dev import postgres
 
+# What a machine is busy with beside the tests says nothing about them.
+settings.register_profile("cdc_worker", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("cdc_worker")
+
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
-
-
-# How long an example takes is the machine's business: tests gate counts, never seconds.
-settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("steady")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
