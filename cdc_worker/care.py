@@ -9,7 +9,7 @@ import psycopg
 import structlog
 
 from cdc_worker import backfill
-from cdc_worker.catalog import Plan, uncaptured
+from cdc_worker.catalog import uncaptured
 from cdc_worker.database import Database, first_lines, is_gone
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import FunctionFailed, Misconfigured
@@ -19,6 +19,7 @@ from cdc_worker.outage import Outage
 from cdc_worker.outbox import backlog
 from cdc_worker.pace import Pace
 from cdc_worker.parking import Parking
+from cdc_worker.plan import Plan
 from cdc_worker.reader import Reader
 from cdc_worker.registry import Registry
 from cdc_worker.rotation import rotate

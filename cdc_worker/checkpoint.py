@@ -34,6 +34,7 @@ _RENEW = """
 update cdc.checkpoint set expires_at = clock_timestamp() + $3::float8 * interval '1 second'
 where shard = $1 and token = $2 returning 1
 """
+_NOTE_LISTENER = "update cdc.checkpoint set holder_pid = $3::int4 where shard = $1 and token = $2 returning 1"
 _NOTE_EPOCH = """
 update cdc.checkpoint set epoch = $3, deployment = $4, incarnation = $5 where shard = $1 and token = $2 returning 1
 """
@@ -103,6 +104,10 @@ class Checkpoint:
 
     async def renew(self) -> None:
         self._fence(await self._database.execute(_RENEW, self._shard, self._token, self._lease_seconds))
+
+    async def note_listener(self, pid: int) -> None:
+        """There is a listener now, whose end says that the holder is gone."""
+        self._fence(await self._database.execute(_NOTE_LISTENER, self._shard, self._token, pid))
 
     async def note_epoch(self, epoch: int, deployment: str, incarnation: str) -> None:
         self._fence(await self._database.execute(_NOTE_EPOCH, self._shard, self._token, epoch, deployment, incarnation))

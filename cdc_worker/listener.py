@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
 from cdc_worker.capture import CHANNEL, GATE
-from cdc_worker.database import Connection, connect, cut_after, fetch_one
+from cdc_worker.database import Connection, Database, connect, cut_after, fetch_one
 from cdc_worker.errors import CdcError
 
 # The self-test's NOTIFY comes back at once, or it never will (a pooler in between).
@@ -22,7 +22,14 @@ _DEADLINE_SECONDS = 5.0
 
 _LISTEN = f"listen {CHANNEL}"
 _TWO_PHASE = "select current_setting('max_prepared_transactions') <> '0'"
-_SELF = "select pg_backend_pid()"
+_SELF = "select pid, backend_start::text from pg_stat_activity where pid = pg_backend_pid()"
+# The server's side of a link that nobody cut, and that leads nowhere: it lets go within 30 s, not after two hours.
+_NOTICE = """
+set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3;
+set tcp_user_timeout = '30s'
+"""
+# Numbers of processes come again: it is the same backend only if it began at the same time.
+_END = "select pg_terminate_backend(pid) from pg_stat_activity where pid = $1 and backend_start = $2::timestamptz"
 _ARM = f"select pg_try_advisory_lock({GATE[0]}, {GATE[1]})"
 _DISARM = f"select pg_advisory_unlock({GATE[0]}, {GATE[1]})"
 
@@ -34,9 +41,10 @@ class NoBell(CdcError):
 class Bell:
     """A connection that listens. Never repaired: any error ends the session, and the next one builds a new bell."""
 
-    def __init__(self, connection: Connection, pid: int) -> None:
+    def __init__(self, connection: Connection, pid: int, started_at: str) -> None:
         self._connection = connection
         self.pid = pid
+        self._started_at = started_at
 
     @classmethod
     async def open(cls, dsn: str, ring: Callable[[], Awaitable[object]]) -> Self:
@@ -51,11 +59,12 @@ class Bell:
                 if prepared:
                     raise NoBell("max_prepared_transactions is not 0, and what has notified cannot be prepared")
                 await connection.execute(_LISTEN)
-                bell = cls(connection, (await fetch_one(connection, _SELF))[0])
+                bell = cls(connection, *(await fetch_one(connection, _SELF)))
                 await ring()
                 # Only listening from here: a pooler would hand a notification to a statement, but never to a wait.
                 if not await bell._ring(_ECHO_SECONDS):
                     raise NoBell("LISTEN gets no answer: a pooler in between?")
+                await connection.execute(_NOTICE)
         except BaseException:
             await connection.close()
             raise
@@ -63,6 +72,11 @@ class Bell:
 
     async def close(self) -> None:
         await self._connection.close()
+
+    async def end_backend(self, database: Database) -> None:
+        """If the link went deaf, the server does not know it yet, and keeps the gate for a listener that is gone."""
+        if self._connection.broken:
+            await database.execute(_END, self.pid, self._started_at)
 
     async def arm(self) -> bool:
         """Takes the gate, if no writer is at it."""

@@ -7,9 +7,10 @@ window larger than a page is read page by page with its end fixed; then the next
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cdc_worker.capture import CHANNEL
-from cdc_worker.database import Connection, Database, fetch, fetch_one
+from cdc_worker.database import Connection, Database, fetch
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,7 @@ class Position:
     after_id: int = 0
 
 
-@dataclass(frozen=True)
-class LogRow:
+class LogRow(NamedTuple):
     mirror_id: int
     # None: rescan the mirror
     key: str | None
@@ -72,7 +72,6 @@ cross join lateral unnest(log.keys) with ordinality as each (key, place)
 where (log.xid, log.id - log.more + each.place) > ($3::text::xid8, $4::int8)
 order by log.xid, log.id, each.place limit $5
 """
-_NOW = "select pg_current_snapshot()::text"
 _LOOK = """
 select pg_current_snapshot()::text,
        exists (select from cdc.outbox
@@ -110,11 +109,9 @@ async def backlog(database: Database, position: Position, most: int) -> int:
     return int(keys)
 
 
-async def read_page(connection: Connection, position: Position, limit: int) -> Page:
-    """The next rows of the log. `connection` is in a repeatable-read transaction, whose snapshot the rows are
-    read in.
-    """
-    end = position.window_end or (await fetch_one(connection, _NOW))[0]
+async def read_page(connection: Connection, now: str, position: Position, limit: int) -> Page:
+    """The next rows of the log. `connection` is in a repeatable-read transaction, whose snapshot is `now`."""
+    end = position.window_end or now
     found = await fetch(connection, PAGE, position.snapshot, end, str(position.after_xid), position.after_id, limit)
     rows = [LogRow(mirror, key, int(xid), row_id) for mirror, key, xid, row_id, _ in found]
     age = max((seconds for *_, seconds in found), default=0.0)

@@ -24,7 +24,7 @@ from cdc_worker.pace import Pace
 from cdc_worker.parking import Parking
 from cdc_worker.reader import Reader
 from cdc_worker.registry import Registry
-from cdc_worker.sender import Sender, Tally
+from cdc_worker.sender import KEYS, Sender, Tally
 from cdc_worker.settings import Settings
 
 log = structlog.get_logger()
@@ -32,11 +32,16 @@ log = structlog.get_logger()
 SHARD = "0"
 # While another worker has the lease, one look in so many seconds: how soon a dead one is replaced.
 _STANDBY_SECONDS = 1.0
+# How often a direct connection is tried anew that was out of reach when the session began.
+_BELL_SECONDS = 60.0
 # A checkpoint for each batch would cost a commit each; what is acknowledged and not yet noted is only delivered twice.
 _CHECKPOINT_SECONDS = 0.1
-_RELEASE_SECONDS = 3.0
+# What a stop does behind its drain, for a platform that kills 30 s after its signal: noting how far it got, letting go.
+_LAST_SAVE_SECONDS = 2.0
+_RELEASE_SECONDS = 1.0
 # Where the size of a batch starts from; the deployment's answers decide what it becomes.
 _FIRST_BATCH_KEYS = 250
+_READ_ONLY = "this database is read-only (a standby?): point DATABASE_URL at the primary"
 _CHECKPOINT = "a checkpoint in Postgres"
 
 
@@ -70,37 +75,45 @@ class Session:
         self._settled = asyncio.Event()
         self._saved: Position | None = None
         self._renewed_at = 0.0
+        self._bell: Bell | None = None
+        # LISTEN_DATABASE_URL may come back; a pooler stays a pooler.
+        self._bell_may_come = False
         # When it opened its shard (monotonic): a stop then drains it, rather than to cut it short.
         self.opened_at: float | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Returns when stopped. Raises (in groups) what ended the session."""
-        bell = await self._open_bell()
+        self._bell = await self._open_bell()
         try:
-            held = await self._lease(bell, stop)
+            held = await self._lease(stop)
             if held is not None:
                 await self._registry.load()
                 await self._parking.load()
                 log.info("lease.acquired", shard=SHARD, token=held.token)
-                await self._hold(held, bell, stop)
+                await self._hold(held, stop)
         finally:
             self._liveness.rests(_CHECKPOINT)
+            self._liveness.rests(KEYS)
             with contextlib.suppress(*GONE, psycopg.Error):
                 async with asyncio.timeout(_RELEASE_SECONDS):
                     await self._checkpoint.release()
-            if bell is not None:
-                await bell.close()
+                    if self._bell is not None:
+                        await self._bell.end_backend(self._database)
+            if self._bell is not None:
+                await self._bell.close()
 
     async def _open_bell(self) -> Bell | None:
-        direct = self._settings.listen_database_url or self._settings.database_url
         try:
-            return await Bell.open(direct.get_secret_value(), lambda: ring(self._database))
+            return await self._make_bell()
+        except psycopg.errors.ReadOnlySqlTransaction:
+            raise SchemaError(_READ_ONLY) from None
         except NoBell as error:
             cause = str(error)
         except GONE:
             if self._settings.listen_database_url is None:
                 raise
             cause = "LISTEN_DATABASE_URL is out of reach"
+            self._bell_may_come = True
         log.warning(
             "listen.unavailable",
             cause=cause,
@@ -109,17 +122,31 @@ class Session:
         )
         return None
 
-    async def _lease(self, bell: Bell | None, stop: asyncio.Event) -> Held | None:
+    async def _make_bell(self) -> Bell:
+        direct = self._settings.listen_database_url or self._settings.database_url
+        with self._liveness.waits_for("a connection that listens"):
+            return await Bell.open(direct.get_secret_value(), lambda: ring(self._database))
+
+    async def _wait_for_bell(self, reader: Reader) -> None:
+        """Goes from polling to listening as soon as LISTEN_DATABASE_URL is within reach."""
+        while self._bell_may_come and self._bell is None:
+            await asyncio.sleep(_BELL_SECONDS)
+            with contextlib.suppress(NoBell, *GONE):
+                self._bell = await self._make_bell()
+        if self._bell_may_come and self._bell is not None:
+            reader.listen(self._bell)
+            await self._checkpoint.note_listener(self._bell.pid)
+            log.info("listen.recovered", cure="none needed: changes ring again")
+
+    async def _lease(self, stop: asyncio.Event) -> Held | None:
         said = False
         while not stop.is_set():
             try:
-                held = await self._checkpoint.acquire(bell.pid if bell is not None else None)
+                held = await self._checkpoint.acquire(self._bell.pid if self._bell is not None else None)
             except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
                 raise SchemaError("this database has no schema cdc: run `cdc-worker migrate`") from None
             except psycopg.errors.ReadOnlySqlTransaction:
-                raise SchemaError(
-                    "this database is read-only (a standby?): point DATABASE_URL at the primary"
-                ) from None
+                raise SchemaError(_READ_ONLY) from None
             if held is not None:
                 return held
             if not said:
@@ -131,7 +158,7 @@ class Session:
                     await stop.wait()
         return None
 
-    async def _hold(self, held: Held, bell: Bell | None, stop: asyncio.Event) -> None:
+    async def _hold(self, held: Held, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
             renewing = tasks.create_task(self._renew())
             opening = tasks.create_task(
@@ -141,7 +168,7 @@ class Session:
             await asyncio.wait({opening, stopped}, return_when=asyncio.FIRST_COMPLETED)
             renewing.cancel()
             if opening.done() and not stop.is_set():
-                await self._work(await opening, bell, stop)
+                await self._work(await opening, stop)
             opening.cancel()
             stopped.cancel()
 
@@ -150,7 +177,7 @@ class Session:
             await asyncio.sleep(self._settings.lease_seconds / 3)
             await self._checkpoint.renew()
 
-    async def _work(self, opened: Opened, bell: Bell | None, stop: asyncio.Event) -> None:
+    async def _work(self, opened: Opened, stop: asyncio.Event) -> None:
         settings = self._settings
         pace = Pace(keys=_FIRST_BATCH_KEYS, most_keys=settings.batch_keys, most_in_flight=settings.in_flight)
         sender = Sender(
@@ -164,6 +191,7 @@ class Session:
             batch_bytes=settings.batch_bytes,
             settled=self._settled.set,
             tally=self._tally,
+            liveness=self._liveness,
         )
 
         def added() -> None:
@@ -173,7 +201,7 @@ class Session:
 
         reader = Reader(
             self._database,
-            bell,
+            self._bell,
             self._registry.states,
             self._lanes,
             opened.position,
@@ -184,7 +212,7 @@ class Session:
             liveness=self._liveness,
         )
         self._on_open()
-        log.info("session.open", shard=SHARD, epoch=opened.epoch, listen=bell is not None)
+        log.info("session.open", shard=SHARD, epoch=opened.epoch, listen=self._bell is not None)
         self.opened_at = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
             reading = tasks.create_task(reader.run())
@@ -192,6 +220,7 @@ class Session:
             others = [
                 tasks.create_task(self._keep_checkpoint(reader)),
                 tasks.create_task(self._care.run(reader)),
+                tasks.create_task(self._wait_for_bell(reader)),
                 tasks.create_task(
                     heartbeat(
                         self._database,
@@ -214,7 +243,8 @@ class Session:
             drained = reading.done() and sending.done()
             for task in (reading, sending, *others):
                 task.cancel()
-        await self._save(reader)
+        async with asyncio.timeout(_LAST_SAVE_SECONDS):
+            await self._save(reader)
         say = log.info if drained else log.warning
         say(
             "worker.drained" if drained else "worker.drain_timed_out",

@@ -7,7 +7,16 @@ from urllib.parse import urlsplit
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from cdc_worker.errors import ConfigError
@@ -99,11 +108,28 @@ class Settings(ConvexSettings):
     partition_bytes: Annotated[int, Field(validation_alias="CDC_PARTITION_BYTES", ge=65_536)] = 268_435_456
     # Between SIGTERM and giving up what is in flight; the platform kills after 30 s.
     drain_seconds: Annotated[float, Field(validation_alias="CDC_DRAIN_SECONDS", ge=0, le=25)] = 10.0
-    # Whoever is at work and comes to no end, good or bad, for so long is stuck: the process exits. Above all
-    # time limits.
+    # Whoever is at work and comes to no end, good or bad, for so long is stuck: the process exits.
     stall_seconds: Annotated[float, Field(validation_alias="CDC_STALL_SECONDS", ge=60, le=7200)] = 600.0
     # Between two lines that say how things stand.
     heartbeat_seconds: Annotated[float, Field(validation_alias="CDC_HEARTBEAT_SECONDS", ge=1, le=3600)] = 60.0
+
+    @field_validator("stall_seconds")
+    @classmethod
+    def _above_every_wait(cls, value: float, info: ValidationInfo) -> float:
+        """Otherwise a wait that is allowed would pass for one without an end."""
+        given = info.data
+        waits = {
+            # A connection of the pool (10 s), two statements, and what their deadline has on top (5 s).
+            "CDC_STATEMENT_SECONDS": 15 + 2 * given.get("statement_seconds", 0.0),
+            # A batch and its probe.
+            "CDC_CONVEX_TIMEOUT_SECONDS": 2 * given.get("convex_timeout_seconds", 0.0),
+            "CDC_BACKOFF_SECONDS": given.get("backoff_seconds", 0.0),
+            "CDC_POLL_SECONDS": given.get("poll_seconds", 0.0),
+        }
+        name = max(waits, key=waits.__getitem__)
+        if value < waits[name]:
+            raise ValueError(f"must be at least {waits[name]:g}, since {name} allows a single wait of so many seconds")
+        return value
 
 
 Loaded = TypeVar("Loaded", bound=ConvexSettings)

@@ -29,8 +29,11 @@ log = structlog.get_logger()
 
 # A session that lasted so long was well: what ended it is a new trouble. One that did not is the old one.
 _LASTING_SECONDS = 20.0
+_STOP = "the end of what is under way"
 # A stop that finds no session open has nothing to drain; a statement on its way may still end.
 _CUT_SHORT_SECONDS = 2.0
+# A session that has drained still notes how far it got, and lets go: each has its own deadline within this.
+_ENDING_SECONDS = 3.0
 
 
 class Worker:
@@ -45,14 +48,19 @@ class Worker:
         self._liveness = Liveness(settings.stall_seconds)
 
     def stop(self) -> None:
+        self._liveness.moved(_STOP)
         self._stop.set()
 
     async def run(self) -> None:
         settings = self._settings
         self._liveness.start()
+        turning = asyncio.create_task(self._liveness.run())
+        await asyncio.sleep(0)  # it has begun
         log.info("worker.started", mirrors=len(self._mirrors), holder=self._name)
         async with Database(
-            settings.database_url.get_secret_value(), statement_seconds=settings.statement_seconds
+            settings.database_url.get_secret_value(),
+            statement_seconds=settings.statement_seconds,
+            liveness=self._liveness,
         ) as database:
             missing = settings.missing_for_convex
             if settings.convex_url is None or missing:
@@ -62,6 +70,7 @@ class Worker:
                     settings.convex_url, settings.convex_deploy_key, timeout_seconds=settings.convex_timeout_seconds
                 ) as deployment:
                     await self._sessions(database, deployment)
+        turning.cancel()
         self._liveness.end()
         log.info("worker.stopped")
 
@@ -71,10 +80,8 @@ class Worker:
         stopped = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait(
-                {running},
-                timeout=_CUT_SHORT_SECONDS if session.opened_at is None else self._settings.drain_seconds + 5.0,
-            )
+            drain_seconds = self._settings.drain_seconds + _ENDING_SECONDS
+            await asyncio.wait({running}, timeout=_CUT_SHORT_SECONDS if session.opened_at is None else drain_seconds)
         finally:
             stopped.cancel()
             if not running.done():
@@ -121,7 +128,7 @@ class Worker:
             except* (SchemaError, ConfigError) as group:
                 pause = troubles.note("database.not_ready", _cause(group))
             except* GONE as group:
-                pause = troubles.note("database.unreachable", _cause(group))
+                pause = troubles.note("database.refuses" if _answered(group) else "database.unreachable", _cause(group))
             except* psycopg.Error as group:
                 pause = troubles.note("database.refuses", _cause(group))
             else:
@@ -133,10 +140,21 @@ class Worker:
                     await self._stop.wait()
 
 
-def _cause(group: BaseExceptionGroup[BaseException]) -> str:
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    return error
+
+
+def _answered(group: BaseExceptionGroup[BaseException]) -> bool:
+    """Postgres is there, and says what it lacks (a disk, memory), rather than that it goes away."""
+    error = _first(group)
+    return isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith(("53", "54", "58"))
+
+
+def _cause(group: BaseExceptionGroup[BaseException]) -> str:
+    error = _first(group)
     if isinstance(error, psycopg.Error):
         # Of a failed connection there is no diagnosis, and the text names host and role, not the password.
         text = error.diag.message_primary or str(error).split("\n", 1)[0]

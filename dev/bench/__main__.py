@@ -7,7 +7,7 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
-from dev.bench import draining, living, pictures, report, rivals, stations, writers
+from dev.bench import draining, living, pictures, real_functions, report, rivals, stations, writers
 from dev.bench.results import Bench, Results, Row, machine
 from dev.bench.stage import durable_server
 
@@ -20,7 +20,7 @@ CASES: Final[dict[str, Callable[[Bench, Results], list[Row]]]] = {
     "coalescing": draining.coalescing,
     "distance": draining.distance,
     "peers": rivals.peers,
-    "local": draining.local,
+    "local": real_functions.local,
     "profile": stations.profile,
 }
 # A smoke run installs nothing.

@@ -23,6 +23,7 @@ _COLUMNS: Final = {
     "writes": ("writes", 0),
     "changes": ("changes", 0),
     "keys_per_second": ("keys/s", 0),
+    "local_keys_per_second": ("keys/s, local Convex", 0),
     "steady_keys_per_second": ("keys/s, second half", 0),
     "jobs_per_second": ("jobs/s", 0),
     "changes_per_second": ("changes/s", 0),
