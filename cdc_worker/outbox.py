@@ -66,44 +66,55 @@ class Page:
 
 
 # The two arms are index ranges of (xid, id): neither a long transaction nor dead rows make them pass old ground.
-# A row is also visible to the statement itself, which leaves out transactions that were rolled back.
+# A row is also visible to the statement itself, which leaves out transactions that were rolled back. Rows of many keys
+# are taken apart in the order of the ids, so that no more of them are fetched than the page has room for: each has a
+# key for it, but for the one in which the page before ended.
 PAGE = """
-select mirror, key, xid::text, id, greatest(extract(epoch from clock_timestamp() - at), 0)::float8 from (
-    (select * from cdc.outbox
+select log.mirror, each.key, log.xid::text, log.id - log.more + each.place as key_id,
+       greatest(extract(epoch from clock_timestamp() - log.at), 0)::float8
+from (
+    (select id, xid, at, mirror, coalesce(keys, array[key]) as keys, coalesce(cardinality(keys), 1) as more
+     from cdc.outbox
      where xid >= pg_snapshot_xmax($1::pg_snapshot) and xid < pg_snapshot_xmax($2::pg_snapshot)
        and pg_visible_in_snapshot(xid, $2::pg_snapshot) and (xid, id) > ($3::text::xid8, $4::int8)
-       and ($6::int = 1 or cdc.shard_of(key, $6) = $7::int)
-     order by xid, id limit $5)
+       and ($6::int = 1 or cdc.is_of_shard(key, keys, $6, $7::int))
+     order by xid, id limit $5 + 1)
     union all
-    (select * from cdc.outbox
+    (select id, xid, at, mirror, coalesce(keys, array[key]), coalesce(cardinality(keys), 1)
+     from cdc.outbox
      where xid = any (array(select pg_snapshot_xip($1::pg_snapshot)))
        and pg_visible_in_snapshot(xid, $2::pg_snapshot) and (xid, id) > ($3::text::xid8, $4::int8)
-       and ($6::int = 1 or cdc.shard_of(key, $6) = $7::int)
-     order by xid, id limit $5)
-) as page
-order by page.xid, page.id limit $5
+       and ($6::int = 1 or cdc.is_of_shard(key, keys, $6, $7::int))
+     order by xid, id limit $5 + 1)
+) as log
+cross join lateral unnest(log.keys) with ordinality as each (key, place)
+where (log.xid, log.id - log.more + each.place) > ($3::text::xid8, $4::int8)
+  and ($6 = 1 or cdc.shard_of(each.key, $6) = $7)
+order by log.xid, log.id, each.place limit $5
 """
 _LOOK = """
 select pg_current_snapshot()::text,
        exists (select from cdc.outbox
                where xid >= pg_snapshot_xmax($1::pg_snapshot)
                  and pg_visible_in_snapshot(xid, pg_current_snapshot())
-                 and ($2::int = 1 or cdc.shard_of(key, $2) = $3::int))
+                 and ($2::int = 1 or cdc.is_of_shard(key, keys, $2, $3::int)))
     or exists (select from cdc.outbox
                where xid = any (array(select pg_snapshot_xip($1::pg_snapshot)))
                  and pg_visible_in_snapshot(xid, pg_current_snapshot())
-                 and ($2::int = 1 or cdc.shard_of(key, $2) = $3::int))
+                 and ($2::int = 1 or cdc.is_of_shard(key, keys, $2, $3::int)))
 """
 _BACKLOG = """
-select count(*) from (
-    select from cdc.outbox where xid >= pg_snapshot_xmax($1::pg_snapshot) and (xid, id) > ($2::text::xid8, $3::int8)
-      and ($5::int = 1 or cdc.shard_of(key, $5) = $6::int)
+select least(coalesce(sum(keys), 0), $4) from (
+    select coalesce(cardinality(keys), 1) as keys from cdc.outbox
+    where xid >= pg_snapshot_xmax($1::pg_snapshot) and (xid, id) > ($2::text::xid8, $3::int8)
+      and ($5::int = 1 or cdc.is_of_shard(key, keys, $5, $6::int))
     limit $4) as counted
 """
 _RING = "select pg_notify($1, '')"
 MARK = """
-insert into cdc.outbox (slot, mirror, key)
-select coalesce(pg_sequence_last_value('cdc.slot'::regclass), 0), $1, unnest($2::text[])
+insert into cdc.outbox (slot, mirror, keys)
+select cdc.written(), $1, array_agg(key) from unnest($2::text[]) with ordinality as new (key, place)
+group by (place - 1) / 64
 """
 
 
@@ -116,11 +127,11 @@ async def look(database: Database, shard: Shard, position: Position) -> Position
 
 
 async def backlog(database: Database, shard: Shard, position: Position, most: int) -> int:
-    """About how many rows of the log are beyond `position`, counted up to `most`."""
-    ((rows,),) = await database.execute(
+    """About how many keys of the log are beyond `position`, counted up to `most`."""
+    ((keys,),) = await database.execute(
         _BACKLOG, position.snapshot, str(position.after_xid), position.after_id, most, shard.of, shard.number
     )
-    return int(rows)
+    return int(keys)
 
 
 async def read_page(connection: Connection, shard: Shard, now: str, position: Position, limit: int) -> Page:

@@ -20,6 +20,14 @@ create function cdc.shard_of(key text, shards integer) returns integer
 language sql immutable parallel safe
 as $$ select ((hashtextextended(coalesce(key, ''), 0) & 9223372036854775807) % shards)::integer $$;
 
+-- Whether a row of the log has a key of a shard.
+create function cdc.is_of_shard(key text, keys text[], shards integer, number integer) returns boolean
+language sql immutable parallel safe
+as $$
+    select case when keys is null then cdc.shard_of(key, shards) = number
+                else exists (select from unnest(keys) as each (key) where cdc.shard_of(each.key, shards) = number) end
+$$;
+
 -- Whether the backend of a holder's listener is gone: the worker was killed, or its machine was.
 create function cdc.is_dead(holder_pid integer) returns boolean
 language sql stable

@@ -129,13 +129,15 @@ class Database:
     def captured(self) -> list[str | None]:
         """The keys that were captured since the last call, in order; None asks for a rescan."""
         taken = self.execute(
-            "with taken as (delete from cdc.outbox returning id, key) select key from taken order by id"
+            "with taken as (delete from cdc.outbox returning id, coalesce(keys, array[key]) as keys)"
+            " select k.key from taken, unnest(keys) with ordinality as k (key, place) order by id, place"
         )
         return [key for (key,) in taken]
 
     def captured_by_mirror(self) -> list[tuple[str, str | None]]:
         taken = self.execute(
-            "with taken as (delete from cdc.outbox returning id, mirror, key)"
-            " select m.name, t.key from taken t join cdc.mirror m on m.id = t.mirror order by m.name, t.key"
+            "with taken as (delete from cdc.outbox returning mirror, coalesce(keys, array[key]) as keys)"
+            " select m.name, k.key from taken join cdc.mirror m on m.id = mirror, unnest(keys) as k (key)"
+            " order by m.name, k.key"
         )
         return cast("list[tuple[str, str | None]]", taken)

@@ -387,10 +387,9 @@ def test_a_column_that_is_gone_makes_every_write_a_rescan(opened: Open, what: st
     db.execute("insert into t (id, other) values ('a', 0); update t set other = 1; delete from t where false")
     db.captured()
     db.execute(BREAKS[what])
-    db.execute("insert into t (id) values ('b')")
-    db.execute("update t set other = 3")
-    db.execute("delete from t")
-    assert db.captured() == [None, None, None]
+    for statement in ("insert into t (id) values ('b')", "update t set other = 3", "delete from t"):
+        db.execute(statement)
+        assert set(db.captured()) == {None}, statement
     with psycopg.connect(db.dsn) as other:
         other.execute("insert into t (id) values ('c')")
     assert db.captured() == [None]
@@ -483,7 +482,7 @@ def test_a_plan_made_for_one_row_serves_a_hundred_thousand(opened: Open) -> None
     started = time.monotonic()
     db.execute("update t set other = 100")
     took = time.monotonic() - started
-    assert db.one("select count(*) from cdc.outbox") == 100_001
+    assert db.one("select sum(cardinality(keys)) from cdc.outbox") == 100_001
     # A nested loop would compare ten thousand million pairs. This takes about half a second.
     assert took < 10
 
