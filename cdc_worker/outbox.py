@@ -65,32 +65,31 @@ class Page:
         return Page(self.start, self.rows[:count], end, self.age_seconds)
 
 
-# The two arms are index ranges of (xid, id): neither a long transaction nor dead rows make them pass old ground.
-# A row is also visible to the statement itself, which leaves out transactions that were rolled back. Rows of many keys
-# are taken apart in the order of the ids, so that no more of them are fetched than the page has room for: each has a
-# key for it, but for the one in which the page before ended.
+# Two index ranges of (xid, id): neither a long transaction nor dead rows make them pass old ground. The second is one
+# for each transaction that was open, so that a large one is paged, too. A row is also visible to the statement itself,
+# which leaves out transactions that were rolled back. Each row that is taken has a key of the shard for the page, but
+# for the one in which the page before ended; rows are put in order before they are taken apart, so that no more of
+# them are fetched than the page has room for.
 PAGE = """
-select log.mirror, each.key, log.xid::text, log.id - log.more + each.place as key_id,
-       greatest(extract(epoch from clock_timestamp() - log.at), 0)::float8
+select mirror, k.key, xid::text, id - cardinality(keys) + k.place as key_id,
+       greatest(extract(epoch from clock_timestamp() - at), 0)::float8
 from (
-    (select id, xid, at, mirror, coalesce(keys, array[key]) as keys, coalesce(cardinality(keys), 1) as more
-     from cdc.outbox
+    (select xid, id, at, mirror, coalesce(keys, array[key]) as keys from cdc.outbox
      where xid >= pg_snapshot_xmax($1::pg_snapshot) and xid < pg_snapshot_xmax($2::pg_snapshot)
        and pg_visible_in_snapshot(xid, $2::pg_snapshot) and (xid, id) > ($3::text::xid8, $4::int8)
        and ($6::int = 1 or cdc.is_of_shard(key, keys, $6, $7::int))
      order by xid, id limit $5 + 1)
     union all
-    (select id, xid, at, mirror, coalesce(keys, array[key]), coalesce(cardinality(keys), 1)
-     from cdc.outbox
-     where xid = any (array(select pg_snapshot_xip($1::pg_snapshot)))
-       and pg_visible_in_snapshot(xid, $2::pg_snapshot) and (xid, id) > ($3::text::xid8, $4::int8)
-       and ($6::int = 1 or cdc.is_of_shard(key, keys, $6, $7::int))
+    (select late.* from pg_snapshot_xip($1::pg_snapshot) as was_open cross join lateral (
+        select xid, id, at, mirror, coalesce(keys, array[key]) as keys from cdc.outbox
+        where xid = was_open and pg_visible_in_snapshot(xid, $2::pg_snapshot) and (xid, id) > ($3::text::xid8, $4::int8)
+          and ($6 = 1 or cdc.is_of_shard(key, keys, $6, $7))
+        order by id limit $5 + 1) as late
      order by xid, id limit $5 + 1)
-) as log
-cross join lateral unnest(log.keys) with ordinality as each (key, place)
-where (log.xid, log.id - log.more + each.place) > ($3::text::xid8, $4::int8)
-  and ($6 = 1 or cdc.shard_of(each.key, $6) = $7)
-order by log.xid, log.id, each.place limit $5
+) as log cross join lateral unnest(keys) with ordinality as k (key, place)
+where (xid, id - cardinality(keys) + k.place) > ($3::text::xid8, $4::int8)
+  and ($6 = 1 or cdc.shard_of(k.key, $6) = $7)
+order by log.xid, log.id, k.place limit $5
 """
 _LOOK = """
 select pg_current_snapshot()::text,
@@ -104,13 +103,15 @@ select pg_current_snapshot()::text,
                  and ($2::int = 1 or cdc.is_of_shard(key, keys, $2, $3::int)))
 """
 _BACKLOG = """
-select least(coalesce(sum(keys), 0), $4) from (
-    select coalesce(cardinality(keys), 1) as keys from cdc.outbox
-    where xid >= pg_snapshot_xmax($1::pg_snapshot) and (xid, id) > ($2::text::xid8, $3::int8)
-      and ($5::int = 1 or cdc.is_of_shard(key, keys, $5, $6::int))
+select count(*) from (
+    select from cdc.dirty_key
+    where xid >= pg_snapshot_xmax($1::pg_snapshot)
+      and (xid, row_id) > ($2::text::xid8, $3::int8) and (xid, id) > ($2::text::xid8, $3::int8)
+      and ($5::int = 1 or cdc.shard_of(key, $5) = $6::int)
     limit $4) as counted
 """
 _RING = "select pg_notify($1, '')"
+# As many keys in a row as capture writes (capture.py).
 MARK = """
 insert into cdc.outbox (slot, mirror, keys)
 select cdc.written(), $1, array_agg(key) from unnest($2::text[]) with ordinality as new (key, place)

@@ -58,7 +58,7 @@ _ONCE: Final = """
         await asyncio.sleep(0.02)
         for event in events:
             await self._parking._database.execute(
-                "insert into cdc.outbox (slot, mirror, key) values (0, $1, $2)", event.mirror_id, event.key
+                "insert into cdc.outbox (slot, mirror, key) values (cdc.written(), $1, $2)", event.mirror_id, event.key
             )
         await self._parking._database.execute("select pg_notify('cdc_outbox', '')")
         return {"outcome": "applied", "verdicts": ["stale"] * len(events)}
@@ -78,13 +78,10 @@ MUTANTS: Final = (
             ),
             Change(
                 "cdc_worker/outbox.py",
-                """where xid = any (array(select pg_snapshot_xip($1::pg_snapshot)))
-       and pg_visible_in_snapshot(xid, $2::pg_snapshot)""",
+                "where xid = was_open and pg_visible_in_snapshot(xid, $2::pg_snapshot)",
                 "where false",
             ),
-            Change(
-                "migrations/0001_capture.sql", "generated always as identity (cache 32)", "generated always as identity"
-            ),
+            Change("migrations/0002_cheaper_capture.sql", "increment 64 cache 32", "increment 64"),
         ),
     ),
     Mutant(

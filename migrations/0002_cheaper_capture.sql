@@ -1,8 +1,8 @@
 -- Cheaper for writers: many keys in one row of the log, and no routing to a partition. Functions of 0001 go on writing
 -- until `migrate` has replaced them: what they write is a row of one key, as ever.
 
--- One row stands for at most 64 keys, and its id for the last of them: the key before it has id - 1, and so on. So ids
--- are taken in steps of 64, and (xid, id) tells every key apart.
+-- A row stands for at most 64 keys, and its id for the last of them: the one before it has id - 1, and so on. So ids are
+-- taken in steps of 64, and (xid, id) tells every key apart. Who has read a part of a row has not passed its id.
 --   key   of a row for one key
 --   keys  of a row for several; a null among them: rescan the whole mirror
 alter table cdc.outbox alter id drop identity, add keys text[];
@@ -16,6 +16,11 @@ alter table cdc.outbox_2 alter slot set default 2;
 alter table cdc.outbox_0 alter keys set storage external, set (toast_tuple_target = 8000);
 alter table cdc.outbox_1 alter keys set storage external, set (toast_tuple_target = 8000);
 alter table cdc.outbox_2 alter keys set storage external, set (toast_tuple_target = 8000);
+
+-- The log as it is read: key by key, wherever it stands. Page it by `row_id` first, which has the index.
+create view cdc.dirty_key as
+select o.xid, o.id as row_id, o.id - coalesce(cardinality(o.keys), 1) + k.place as id, o.at, o.mirror, k.key
+from cdc.outbox o cross join lateral unnest(coalesce(o.keys, array[o.key])) with ordinality as k (key, place);
 
 -- Which partition is written: planned into a writer's statements as a constant, planned anew when rotation replaces the
 -- function. The sequence cdc.slot stays for the functions of 0001.

@@ -177,7 +177,7 @@ def coalescing(bench: Bench, results: Results) -> list[Row]:
         pause = 0.0
         for what in ("as a backlog", "while it runs"):
             on.sink.control()
-            log_before = on.one("select count(*) from cdc.outbox")
+            log_before = on.one("select count(*) from cdc.dirty_key")
             with contextlib.ExitStack() as stack:
                 if pause:
                     stack.enter_context(on.worker())
@@ -190,7 +190,7 @@ def coalescing(bench: Bench, results: Results) -> list[Row]:
                         f"{what} {number}",
                     )
                 took = time.monotonic() - begun
-                logged = on.one("select count(*) from cdc.outbox") - log_before
+                logged = on.one("select count(*) from cdc.dirty_key") - log_before
                 if not pause:
                     stack.enter_context(on.worker())
                 begun = time.monotonic()
