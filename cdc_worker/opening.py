@@ -23,6 +23,7 @@ log = structlog.get_logger()
 # with all others.
 _FORGET_FUTURE: LiteralString = "delete from cdc.outbox where xid >= pg_snapshot_xmax(pg_current_snapshot())"
 _NOW: LiteralString = "select pg_current_snapshot()::text"
+_XID: LiteralString = "select pg_snapshot_xmax(pg_current_snapshot())::text::int8"
 
 
 _SAVES: TypeAdapter[int | None] = TypeAdapter(int | None)
@@ -36,6 +37,16 @@ class _Answer(BaseModel):
     previous: int | None
     # Under `previous`: as far as Convex was told.
     previousSaves: int  # noqa: N815  # as Convex says it
+
+
+@dataclass(frozen=True)
+class Known:
+    """What this process remembers of the shard: Postgres must be no less far, unless it was set back."""
+
+    # How often the checkpoint was saved.
+    saves: int = 0
+    # A transaction id that was not given out yet; for what was delivered after the last save.
+    xid: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,12 +65,9 @@ async def open_shard(
     *,
     shard: Shard,
     held: Held,
-    known_saves: int,
+    known: Known,
 ) -> Opened:
-    """Waits until Convex hands out an epoch. Raises Fenced if the lease was lost meanwhile.
-
-    `known_saves`: how often the checkpoint was saved, as far as this process knows.
-    """
+    """Waits until Convex hands out an epoch. Raises Fenced if the lease was lost meanwhile."""
     args = {
         "shard": shard.name,
         "shards": shard.of,
@@ -83,7 +91,8 @@ async def open_shard(
 
     answer = await outage.insist(attempt)
     incarnation = await checkpoint.incarnation()
-    position, reason = held.position, _doubt(held, answer, known_saves)
+    ((xid,),) = await database.execute(_XID)
+    position, reason = held.position, _doubt(held, answer, known, xid)
     if held.incarnation is not None and held.incarnation != incarnation:
         reason = "this is another Postgres than before (restored, failed over, or copied)"
         # Transaction ids may have started again: the old position says nothing about this one.
@@ -100,7 +109,7 @@ async def open_shard(
     return Opened(answer.epoch, position)
 
 
-def _doubt(held: Held, answer: _Answer, known_saves: int) -> str:
+def _doubt(held: Held, answer: _Answer, known: Known, xid: int) -> str:
     """Why Postgres and Convex may not be what they were to each other; "" if nothing says so."""
     if held.deployment is None:
         return "first time at this deployment"
@@ -113,7 +122,7 @@ def _doubt(held: Held, answer: _Answer, known_saves: int) -> str:
     if previous > held.epoch:
         return "Postgres was set back to an older state, or a worker died while it opened"
     # The epoch may be in the backup, if that was made while the reader was at work.
-    if max(known_saves, answer.previousSaves) > held.saves:
+    if max(known.saves, answer.previousSaves) > held.saves or known.xid > xid:
         return "Postgres was set back to an older state"
     return ""
 

@@ -38,6 +38,11 @@ class Position:
     after_xid: int = 0
     after_id: int = 0
 
+    @property
+    def xmax(self) -> int:
+        """The first transaction id that was not given out yet when its last snapshot was taken."""
+        return int((self.window_end or self.snapshot).split(":")[1])
+
 
 class LogRow(NamedTuple):
     mirror_id: int

@@ -17,7 +17,7 @@ from cdc_worker.lanes import Lanes
 from cdc_worker.listener import Bell, NoBell
 from cdc_worker.liveness import Liveness
 from cdc_worker.mirrors import Mirror
-from cdc_worker.opening import Opened, open_shard
+from cdc_worker.opening import Known, Opened, open_shard
 from cdc_worker.outage import Outage
 from cdc_worker.outbox import Position, Shard, ring
 from cdc_worker.pace import Pace
@@ -77,20 +77,21 @@ class Session:
         self._settled = asyncio.Event()
         self._saved: Position | None = None
         self._bell: Bell | None = None
+        self._reader: Reader | None = None
         # LISTEN_DATABASE_URL may come back; a pooler stays a pooler.
         self._bell_may_come = False
         # When it opened its shard (monotonic): a stop then drains it, rather than to cut it short.
         self.opened_at: float | None = None
 
     @property
-    def saves(self) -> int:
-        """How often the shard's checkpoint was saved, as far as is known here."""
-        return self._checkpoint.saves
+    def known(self) -> Known:
+        """What is known of the shard in Postgres; for the next session."""
+        return Known(self._checkpoint.saves, self._reader.position.xmax if self._reader is not None else 0)
 
-    async def run(self, stop: asyncio.Event, *, known_saves: int) -> None:
+    async def run(self, stop: asyncio.Event, *, known: Known) -> None:
         """Returns when stopped. Raises (in groups) what ended the session.
 
-        `known_saves`: how often this process knows the shard's checkpoint to have been saved.
+        `known`: by the sessions of this process before.
         """
         try:
             self._bell = await self._open_bell()
@@ -98,7 +99,7 @@ class Session:
                 await self._checkpoint.note_listener(self._bell.pid)
             await self._registry.load()
             await self._parking.load()
-            opened = await self._open(stop, known_saves)
+            opened = await self._open(stop, known)
             if opened is not None:
                 await self._work(opened, stop)
         finally:
@@ -117,7 +118,7 @@ class Session:
             if self._bell is not None:
                 await self._bell.close()
 
-    async def _open(self, stop: asyncio.Event, known_saves: int) -> Opened | None:
+    async def _open(self, stop: asyncio.Event, known: Known) -> Opened | None:
         """The opened shard, or None if a stop came first: Convex may be away for hours."""
         opening = asyncio.create_task(
             open_shard(
@@ -127,7 +128,7 @@ class Session:
                 self._outage,
                 shard=self._shard,
                 held=self._held,
-                known_saves=known_saves,
+                known=known,
             )
         )
         stopped = asyncio.create_task(stop.wait())
@@ -213,7 +214,7 @@ class Session:
             if not self._lanes.keys:
                 self._settled.set()  # a page without keys is acknowledged as it is
 
-        reader = Reader(
+        reader = self._reader = Reader(
             self._database,
             self._bell,
             self._registry.states,

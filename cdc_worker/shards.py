@@ -20,6 +20,7 @@ from cdc_worker.deployment import Deployment
 from cdc_worker.errors import ConfigError, Fenced, SchemaError
 from cdc_worker.liveness import Liveness
 from cdc_worker.mirrors import Mirror
+from cdc_worker.opening import Known
 from cdc_worker.outage import Outage
 from cdc_worker.outbox import Shard
 from cdc_worker.sender import Tally
@@ -44,13 +45,13 @@ _LAST_WORD_SECONDS = 0.25
 class _Reading:
     """A session at work, in a task of its own."""
 
-    def __init__(self, session: Session, token: int, *, known_saves: int, drain_seconds: float) -> None:
+    def __init__(self, session: Session, token: int, *, known: Known, drain_seconds: float) -> None:
         self.session = session
         self.token = token
         self.stop = asyncio.Event()
         self._drain_seconds = drain_seconds
         self._lost = False
-        self._running = asyncio.create_task(session.run(self.stop, known_saves=known_saves))
+        self._running = asyncio.create_task(session.run(self.stop, known=known))
         self.task = asyncio.create_task(self._until_stopped())
 
     def lose(self) -> None:
@@ -101,7 +102,7 @@ class Shards:
         self._readings: dict[Shard, _Reading] = {}
         # When a shard whose session failed is tried again (monotonic).
         self._rests_until: dict[Shard, float] = defaultdict(float)
-        self._known_saves: dict[Shard, int] = defaultdict(int)
+        self._known: dict[Shard, Known] = defaultdict(Known)
         self._tallies: dict[Shard, Tally] = defaultdict(Tally)
         self._said_standby = False
         # The database is out of reach, or has not been asked yet.
@@ -162,10 +163,11 @@ class Shards:
     async def _end(self, shard: Shard, reading: _Reading) -> None:
         pause = await self._outcome(reading.task)
         self._rests_until[shard] = time.monotonic() + pause
-        self._known_saves[shard] = max(self._known_saves[shard], reading.session.saves)
         opened_at = reading.session.opened_at
-        if opened_at is not None and time.monotonic() - opened_at > _LASTING_SECONDS:
-            self._troubles.over()
+        if opened_at is not None:
+            self._known[shard] = reading.session.known
+            if time.monotonic() - opened_at > _LASTING_SECONDS:
+                self._troubles.over()
 
     async def _outcome(self, work: Awaitable[object]) -> float:
         """Awaits it, and says what went wrong; the pause in seconds that is due then, 0 if nothing did."""
@@ -231,7 +233,7 @@ class Shards:
             on_open=self._troubles.say_recovered,
         )
         self._readings[shard] = _Reading(
-            session, held.token, known_saves=self._known_saves[shard], drain_seconds=self._settings.drain_seconds
+            session, held.token, known=self._known[shard], drain_seconds=self._settings.drain_seconds
         )
 
 

@@ -250,7 +250,7 @@ async def test_a_data_folder_that_is_set_back_to_a_copy_of_a_running_server(  # 
             go_on(db, user)
             await eventually(lambda: state(mirrored, user), AFTER)
         await asyncio.to_thread(set_back, server, backup)
-        await eventually(lambda: state(mirrored, user), BEFORE, seconds=3)
+        await eventually(lambda: state(mirrored, user), BEFORE)
 
 
 def hot_copy_of(server: postgres.Server) -> Path:
