@@ -53,6 +53,12 @@ _COLUMNS: Final = {
     "without": ("without", 1),
     "with": ("with", 1),
     "ratio": ("ratio", 2),
+    "insert_together_us": ("insert, one transaction", 1),
+    "insert_each_us": ("insert, each its own", 1),
+    "update_each_us": ("update, each its own", 1),
+    "bulk_insert_us": ("row of an insert of 10,000", 2),
+    "bulk_update_us": ("of an update", 2),
+    "bulk_delete_us": ("of a delete", 2),
     "wal_without": ("WAL B/row without", 0),
     "wal_with": ("WAL B/row with", 0),
 }
