@@ -33,8 +33,9 @@ log = structlog.get_logger()
 _BELL_SECONDS = 60.0
 # A checkpoint for each batch would cost a commit each; what is acknowledged and not yet noted is only delivered twice.
 _CHECKPOINT_SECONDS = 0.1
-# The position of an idle shard moves on with each look; that is worth a commit now and then, for rotation's sake.
-_UNMOVED_SECONDS = 30.0
+# The position of an idle shard moves on with each look; that is worth a commit now and then, for rotation's sake:
+# once in so many heartbeats.
+_UNMOVED_HEARTBEATS = 2
 # What a stop does behind its drain, for a platform that kills 30 s after its signal: noting how far it got, letting go.
 _LAST_SAVE_SECONDS = 2.0
 _RELEASE_SECONDS = 1.0
@@ -281,7 +282,7 @@ class Session:
         """After the verdicts, at a measured pace; and now and then of a position that moved on with nothing in it."""
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_UNMOVED_SECONDS):
+                async with asyncio.timeout(self._settings.heartbeat_seconds * _UNMOVED_HEARTBEATS):
                     await self._settled.wait()
             self._settled.clear()
             reader.freed()

@@ -54,6 +54,7 @@ SETTINGS: Final = {
     "CDC_CONVEX_TIMEOUT_SECONDS": "0.5",
     "CDC_LEASE_SECONDS": "3",
     "CDC_DRAIN_SECONDS": "0.3",
+    "CDC_HEARTBEAT_SECONDS": "1",
     "LOG_FORMAT": "json",
     "LOG_LEVEL": "DEBUG",
 }

@@ -61,7 +61,7 @@ def test_sigterm_ends_it_in_order(
     db: Database, local_convex: convex.LocalConvex, mirrored: Mirrored, config: Path, user: str
 ) -> None:
     with child(config.parent, environment(db.dsn, local_convex, config), mirrors=MIRRORS) as worker:
-        worker.said("session.open")
+        worker.said("backfill.done", times=len(MIRRORS))
         check_in(db, user, "1")
         until(lambda: len(mirrored.activities(user)), 1)
         started = time.monotonic()
