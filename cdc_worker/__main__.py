@@ -18,13 +18,14 @@ from rich.text import Text
 
 from cdc_worker import backfill as rescans
 from cdc_worker import parking
-from cdc_worker.catalog import Plan, check
+from cdc_worker.catalog import check
 from cdc_worker.database import Database
 from cdc_worker.errors import CdcError, ConfigError, SchemaError
 from cdc_worker.logs import configure_logs
 from cdc_worker.migrate import migrate as bring_up_to_date
 from cdc_worker.mirrors import Mirror, load_mirrors
 from cdc_worker.outbox import ring
+from cdc_worker.plan import Plan
 from cdc_worker.settings import Settings, load_settings
 from cdc_worker.worker import Worker
 
@@ -96,7 +97,7 @@ def migrate() -> None:
     waited for longer than 0.3 s at a time. Your tables get triggers and nothing else.
     """
     settings, mirrors = _start()
-    asyncio.run(bring_up_to_date(settings.database_url.get_secret_value(), mirrors))
+    asyncio.run(bring_up_to_date(settings.database_url.get_secret_value(), mirrors, shards=settings.shards))
 
 
 @app.command()

@@ -9,11 +9,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import LiteralString
 
-from cdc_worker.catalog import Plan
 from cdc_worker.database import Connection, Database, fetch
 from cdc_worker.keys import join_key, split_key
 from cdc_worker.migrate import RESCAN
 from cdc_worker.outbox import mark
+from cdc_worker.plan import Plan
 
 PAGE_KEYS = 1_000
 

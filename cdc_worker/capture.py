@@ -1,19 +1,23 @@
 """The triggers: what they do to a writer is decided here, and nowhere else.
 
-One function for each table, four statement triggers that call it. It appends keys to cdc.outbox and reads
-nothing but the statement's own rows. What it may never do is fail or stall the application's write:
+One function for each table, four statement triggers that call it. It appends keys to the log and reads nothing but
+the statement's own rows. What it may never do is fail or stall the application's write:
 
-- If a column it needs was dropped or renamed, it asks for a rescan of the mirror instead. It finds out by planning a
-  query that reads no row, inside a block of its own: a subtransaction that writes nothing takes no transaction id.
-  (A block around the insert itself would take one for each statement, and 64 of those in one transaction slow
-  down every reader of the database.)
+- A column that was dropped or renamed is no error: its name then finds a stand-in, and the mirror is rescanned.
+- The function runs with its owner's rights, and in the session's search_path: to set another one would cost as much as
+  the insert. So everything that a path could lead elsewhere has its schema here: functions, types, and operators too
+  (`in`, `between`, `nullif`, plpgsql's `case x when` hide an operator, and are not used).
 - A transaction that has notified cannot be prepared (two-phase commit): where that is allowed at all, nobody rings.
 - The doorbell never waits: `try` on a shared advisory lock, and NOTIFY only while the worker sleeps (listener.py).
+
+And it is short for a statement of one row, which is what most are: a few keys are rows of the log, one each, written
+to the partition itself by a plan that has no parameter; many keys are rows of 64 each.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import LiteralString
 
 from psycopg import sql
 
@@ -46,19 +50,19 @@ def function_body(feeds: Iterable[Feed]) -> str:
     """The plpgsql body for a table that feeds these mirrors."""
     feeds = tuple(feeds)
     mirrors = sql.SQL(", ").join(
-        sql.SQL("(capture.here, {})").format(sql.Literal(mirror))
+        sql.SQL("(cdc.written(), {})").format(sql.Literal(mirror))
         for mirror in dict.fromkeys(feed.mirror_id for feed in feeds)
     )
     return (
         sql.SQL(_BODY)
         .format(
-            old_columns=_columns(feeds, "cdc_old"),
-            new_columns=_columns(feeds, "cdc_new"),
-            inserted=_keys(feeds, "cdc_new"),
-            deleted=_keys(feeds, "cdc_old"),
-            old_rows=_numbered(feeds, "cdc_old"),
-            new_rows=_numbered(feeds, "cdc_new"),
-            candidates=sql.SQL(",\n            ").join(_candidates(n, feed) for n, feed in enumerate(feeds)),
+            insert_few=_append("mirror, key", _few_rows(feeds, "cdc_new")),
+            insert_more=_append_many(_more_rows(feeds, "cdc_new")),
+            update_one=_append("mirror, key", _one_pair(feeds)),
+            update_many=_append_many(_many_pairs(feeds)),
+            delete_few=_append("mirror, key", _few_rows(feeds, "cdc_old")),
+            delete_more=_append_many(_more_rows(feeds, "cdc_old")),
+            few=sql.Literal(_FEW),
             mirrors=mirrors,
             gate=sql.SQL(", ").join(map(sql.Literal, GATE)),
             channel=sql.Literal(CHANNEL),
@@ -69,8 +73,7 @@ def function_body(feeds: Iterable[Feed]) -> str:
 
 def create_function(name: str, body: str) -> sql.Composed:
     return sql.SQL(
-        "create or replace function cdc.{}() returns trigger language plpgsql security definer"
-        " set search_path = pg_catalog, pg_temp as {}"
+        "create or replace function cdc.{}() returns trigger language plpgsql security definer as {}"
     ).format(sql.Identifier(name), sql.Literal(body))
 
 
@@ -96,103 +99,211 @@ def create_trigger(function: str, schema: str, table: str, event: str) -> sql.Co
     )
 
 
-# The old and the new rows of an UPDATE are paired by their place, since nothing else joins them when the key itself may
-# change. Any pairing is safe: rows paired wrongly either differ, and both keys are marked, or are alike to the
-# last byte. A full join can only be hashed or merged, so that a plan made for one row still serves a statement
-# of a million. `*<>` compares images, so that no column needs an equality operator (json has none).
+# So many keys of an INSERT or DELETE become rows of their own, before it is worth to form arrays.
+_FEW = 8
+# The longest row of the log, in keys. The ids of rows are so far apart (migrations/0002_cheaper_capture.sql).
+_KEYS_IN_A_ROW = 64
+
 _BODY = """
 #variable_conflict use_column
 <<capture>>
 declare
-    here constant smallint := coalesce(pg_sequence_last_value('cdc.slot'::regclass), 0);
+    written pg_catalog.int8;
 begin
-    begin
-        case tg_op
-            when 'INSERT' then perform {new_columns} from cdc_new limit 0;
-            when 'UPDATE' then perform {old_columns}, {new_columns} from cdc_old, cdc_new limit 0;
-            when 'DELETE' then perform {old_columns} from cdc_old limit 0;
-            else raise 'truncated';
-        end case;
-    exception when others then
-        insert into cdc.outbox (slot, mirror) values {mirrors};
-        if not pg_try_advisory_xact_lock_shared({gate}) and current_setting('max_prepared_transactions') = '0' then
-            perform pg_notify({channel}, '');
+    if tg_op operator(pg_catalog.=) 'INSERT' then
+        {insert_few}
+        get diagnostics written = row_count;
+        if capture.written operator(pg_catalog.=) {few} then
+            {insert_more}
         end if;
-        return null;
-    end;
-    case tg_op
-        when 'INSERT' then
-            insert into cdc.outbox (slot, mirror, key)
-            {inserted};
-        when 'DELETE' then
-            insert into cdc.outbox (slot, mirror, key)
-            {deleted};
+    elsif tg_op operator(pg_catalog.=) 'UPDATE' then
+        if exists (select from cdc_new offset 1) then
+            {update_many}
         else
-            insert into cdc.outbox (slot, mirror, key)
-            select capture.here, candidate.mirror, candidate.key
-            from {old_rows} as o
-            full join {new_rows} as n on o.place = n.place
-            cross join lateral (values
-            {candidates}) as candidate (mirror, key, changed)
-            where candidate.key is not null and candidate.changed is not false;
-    end case;
-    if found and not pg_try_advisory_xact_lock_shared({gate})
-            and current_setting('max_prepared_transactions') = '0' then
-        perform pg_notify({channel}, '');
+            {update_one}
+        end if;
+        get diagnostics written = row_count;
+    elsif tg_op operator(pg_catalog.=) 'DELETE' then
+        {delete_few}
+        get diagnostics written = row_count;
+        if capture.written operator(pg_catalog.=) {few} then
+            {delete_more}
+        end if;
+    else
+        insert into cdc.outbox (slot, mirror) values {mirrors};
+        get diagnostics written = row_count;
+    end if;
+    if capture.written operator(pg_catalog.>) 0
+            and not pg_catalog.pg_try_advisory_xact_lock_shared({gate})
+            and pg_catalog.current_setting('max_prepared_transactions') operator(pg_catalog.=) '0' then
+        perform pg_catalog.pg_notify({channel}, '');
     end if;
     return null;
 end
 """
 
+# Into the partition that is written: to name it is cheaper than to have each statement find it.
+_APPEND = """if cdc.written() operator(pg_catalog.=) 0 then
+            insert into cdc.outbox_0 ({columns})
+            {rows};
+        elsif cdc.written() operator(pg_catalog.=) 1 then
+            insert into cdc.outbox_1 ({columns})
+            {rows};
+        else
+            insert into cdc.outbox_2 ({columns})
+            {rows};
+        end if;"""
+_APPEND_MANY = "insert into cdc.outbox (slot, mirror, keys) {rows};"
 
-def _qualified(rows: str, columns: Iterable[str]) -> list[sql.Composed]:
-    return [sql.SQL("{}.{}").format(sql.SQL(rows), sql.Identifier(name)) for name in columns]
+# A name is looked for in the statement's rows, then around them. There it always finds something: a null of a type that
+# no column has. So a column that is gone is a fact that the plan knows, instead of an error.
+_ROWS = """(
+                select r.* from (values ({nulls})) as around ({names})
+                cross join lateral (select {columns} from {table}) as r
+            )"""
+
+_KEYS = """select {mirror}::pg_catalog.int2 as mirror, r.{key} as key
+            from {rows} as r where r.{key} is not null or r.{missing}"""
+_MORE_KEYS = """
+            select cdc.written(), k.mirror, pg_catalog.array_agg(k.key)
+            from (
+                select k.mirror, k.key, pg_catalog.row_number() over () as place from ({keys}) as k offset {few}
+            ) as k
+            group by k.mirror, k.place operator(pg_catalog./) {keys_in_a_row}"""
+
+# The old and the new rows of an UPDATE are paired by their place, since nothing else joins them when the key itself may
+# change; a single new one has every old one. Any pairing is safe: rows paired wrongly either differ, and both keys are
+# marked, or are alike to the last byte. An old row may be alone: a trigger can swallow one that moves to another
+# partition. A full join can only be hashed or merged, so that a plan made for few rows still serves a statement of a
+# million. Its second condition says nothing new but to the planner, who else expects a hundred times as many pairs.
+_ONE_PAIR = """select c.mirror, c.key
+            from {old} as o left join {new} as n on true
+            cross join lateral (values {candidates}) as c (mirror, key, changed, missing)
+            where c.key is not null and c.changed or c.missing"""
+_ONE_PAIR_CANDIDATES = """({mirror}::pg_catalog.int2, n.{key}, {changed}, o.{missing}),
+                ({mirror}, o.{key}, {moved}, false)"""
+_MANY_PAIRS = """
+            select cdc.written(), f.mirror, f.keys
+            from (
+                select {gathered}
+                from {old} as o full join {new} as n
+                    on o.place operator(pg_catalog.=) n.place and {old_chunk} operator(pg_catalog.=) {new_chunk}
+                group by coalesce({old_chunk}, {new_chunk})
+            ) as g cross join lateral ({feeds}) as f
+            where f.keys is not null"""
+_MANY_PAIRS_KEYS = """pg_catalog.array_agg(n.{key}) filter (where n.{key} is not null and {changed} or n.{missing})
+                operator(pg_catalog.||)
+                pg_catalog.array_agg(o.{key}) filter (where o.{key} is not null and {moved}) as {keys}"""
+# `*<>` compares images, so that no column needs an equality operator (json has none). Unknown for a row that is alone.
+_CHANGED = "(o.{seen} operator(pg_catalog.*<>) n.{seen}) is not false"
+_MOVED = """(o.{key} operator(pg_catalog.<>) n.{key} collate pg_catalog."C") is not false"""
 
 
-def _columns(feeds: Iterable[Feed], rows: str) -> sql.Composed:
-    names = dict.fromkeys(name for feed in feeds for name in (*feed.source.key, *feed.source.watch))
-    return sql.SQL(", ").join(_qualified(rows, names))
+def _append(columns: LiteralString, rows: sql.Composed) -> sql.Composed:
+    return sql.SQL(_APPEND).format(columns=sql.SQL(columns), rows=rows)
 
 
-def _key(source: Source, rows: str) -> sql.Composed:
-    """The key's text, as keys.py reads it; null if any part is null, since null finds no row."""
-    columns = _qualified(rows, source.key)
-    if len(columns) == 1:
-        return sql.SQL("{}::text").format(columns[0])
-    present = sql.SQL(" and ").join(sql.SQL("{} is not null").format(column) for column in columns)
-    parts = sql.SQL(", ").join(sql.SQL("{}::text").format(column) for column in columns)
-    return sql.SQL("case when {} then json_build_array({})::text end").format(present, parts)
+def _append_many(rows: sql.Composed) -> sql.Composed:
+    return sql.SQL(_APPEND_MANY).format(rows=rows)
 
 
-def _keys(feeds: Iterable[Feed], rows: str) -> sql.Composed:
-    selects = [
-        sql.SQL("select capture.here, {}, {} from {} where {}").format(
-            sql.Literal(feed.mirror_id),
-            _key(feed.source, rows),
-            sql.SQL(rows),
-            sql.SQL(" and ").join(
-                sql.SQL("{} is not null").format(column) for column in _qualified(rows, feed.source.key)
-            ),
-        )
-        for feed in feeds
-    ]
-    return sql.SQL("\n            union all\n            ").join(selects)
+def _few_rows(feeds: Sequence[Feed], table: str) -> sql.Composed:
+    return sql.SQL("{} limit {}").format(_keys(feeds, table), sql.Literal(_FEW))
 
 
-def _numbered(feeds: Iterable[Feed], rows: str) -> sql.Composed:
-    name = sql.SQL(rows)
-    columns = []
+def _more_rows(feeds: Sequence[Feed], table: str) -> sql.Composed:
+    return sql.SQL(_MORE_KEYS).format(
+        keys=_keys(feeds, table), few=sql.Literal(_FEW), keys_in_a_row=sql.Literal(_KEYS_IN_A_ROW)
+    )
+
+
+def _keys(feeds: Sequence[Feed], table: str) -> sql.Composed:
+    return _each(feeds, _KEYS, "\n            union all ", rows=_rows(feeds, table))
+
+
+def _one_pair(feeds: Sequence[Feed]) -> sql.Composed:
+    return sql.SQL(_ONE_PAIR).format(
+        old=_rows(feeds, "cdc_old", seen=True),
+        new=_rows(feeds, "cdc_new", seen=True),
+        candidates=_each(feeds, _ONE_PAIR_CANDIDATES, ", "),
+    )
+
+
+def _many_pairs(feeds: Sequence[Feed]) -> sql.Composed:
+    # A pair may have two keys.
+    chunk = sql.SQL("({}.place operator(pg_catalog./) {})")
+    return sql.SQL(_MANY_PAIRS).format(
+        gathered=_each(feeds, _MANY_PAIRS_KEYS, ", "),
+        old=_rows(feeds, "cdc_old", numbered=True, seen=True),
+        new=_rows(feeds, "cdc_new", numbered=True, seen=True),
+        old_chunk=chunk.format(sql.SQL("o"), sql.Literal(_KEYS_IN_A_ROW // 2)),
+        new_chunk=chunk.format(sql.SQL("n"), sql.Literal(_KEYS_IN_A_ROW // 2)),
+        feeds=_each(feeds, "select {mirror}::pg_catalog.int2 as mirror, g.{keys} as keys", " union all "),
+    )
+
+
+def _each(feeds: Sequence[Feed], text: LiteralString, between: LiteralString, **more: sql.Composed) -> sql.Composed:
+    """The text once for each feed, with the columns that _rows makes for it."""
+    parts = []
     for n, feed in enumerate(feeds):
-        watched = (
-            sql.SQL("row({})").format(sql.SQL(", ").join(_qualified(rows, (*feed.source.watch, *feed.source.key))))
-            if feed.source.watch
-            else sql.SQL("row({}.*)").format(name)
+        names = {name: sql.Identifier(f"{name}_{n}") for name in ("key", "keys", "seen", "missing")}
+        tests = {"changed": _CHANGED, "moved": _MOVED}
+        parts.append(
+            sql.SQL(text).format(
+                mirror=sql.Literal(feed.mirror_id),
+                **names,
+                **more,
+                **{name: sql.SQL(test).format(**names) for name, test in tests.items()},
+            )
         )
-        columns.append(sql.SQL(f"{{}} as key_{n}, {{}} as seen_{n}").format(_key(feed.source, rows), watched))
-    return sql.SQL("(select row_number() over () as place, {} from {})").format(sql.SQL(", ").join(columns), name)
+    return sql.SQL(between).join(parts)
 
 
-def _candidates(n: int, feed: Feed) -> sql.Composed:
-    """The new key if anything watched differs, and the old one if the key moved."""
-    text = f"({{0}}, n.key_{n}, o.seen_{n} *<> n.seen_{n}), ({{0}}, nullif(o.key_{n}, n.key_{n}), true)"
-    return sql.SQL(text).format(sql.Literal(feed.mirror_id))
+def _rows(feeds: Sequence[Feed], table: str, *, numbered: bool = False, seen: bool = False) -> sql.Composed:
+    """A transition table with the key of each feed, whether a column is gone, and what is compared if that is asked."""
+    columns: list[sql.Composable] = [sql.SQL("pg_catalog.row_number() over () as place")] if numbered else []
+    for n, feed in enumerate(feeds):
+        source = feed.source
+        columns.append(sql.SQL("{} as {}").format(_key(source), sql.Identifier(f"key_{n}")))
+        columns.append(sql.SQL("{} as {}").format(_missing(source), sql.Identifier(f"missing_{n}")))
+        if seen:
+            watched = (
+                sql.SQL("row({})").format(_names((*source.watch, *source.key)))
+                if source.watch
+                else sql.SQL("({}.*)::pg_catalog.record").format(sql.SQL(table))
+            )
+            columns.append(sql.SQL("{} as {}").format(watched, sql.Identifier(f"seen_{n}")))
+    needed = list(dict.fromkeys(name for feed in feeds for name in _needed(feed.source)))
+    return sql.SQL(_ROWS).format(
+        nulls=sql.SQL(", ").join([sql.SQL("null::cdc.missing")] * len(needed)),
+        names=_names(needed),
+        columns=sql.SQL(", ").join(columns),
+        table=sql.SQL(table),
+    )
+
+
+def _needed(source: Source) -> tuple[str, ...]:
+    return (*source.key, *source.watch)
+
+
+def _names(columns: Iterable[str]) -> sql.Composed:
+    # Bare: a qualified one could not be looked for further out.
+    return sql.SQL(", ").join(map(sql.Identifier, columns))
+
+
+def _missing(source: Source) -> sql.Composed:
+    tests = (sql.SQL("cdc.is_missing({})").format(sql.Identifier(column)) for column in dict.fromkeys(_needed(source)))
+    return sql.SQL("({})").format(sql.SQL(" or ").join(tests))
+
+
+def _key(source: Source) -> sql.Composed:
+    """The key's text, as keys.py reads it; null if a part is null, since null finds no row, or a column is gone."""
+    columns = [sql.Identifier(column) for column in source.key]
+    parts = [sql.SQL("{}::pg_catalog.text").format(column) for column in columns]
+    text = (
+        parts[0]
+        if len(parts) == 1
+        else sql.SQL("pg_catalog.json_build_array({})::pg_catalog.text").format(sql.SQL(", ").join(parts))
+    )
+    present = sql.SQL(" and ").join(sql.SQL("{} is not null").format(column) for column in columns)
+    return sql.SQL("case when {} and not {} then {} end").format(present, _missing(source), text)

@@ -9,16 +9,19 @@ import psycopg
 import structlog
 
 from cdc_worker import backfill
-from cdc_worker.catalog import Plan, uncaptured
+from cdc_worker.catalog import uncaptured
+from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.database import Database, first_lines, is_gone
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import FunctionFailed, Misconfigured
 from cdc_worker.lanes import Lanes
 from cdc_worker.mirrors import Mirror
+from cdc_worker.opening import note_saves
 from cdc_worker.outage import Outage
-from cdc_worker.outbox import backlog
+from cdc_worker.outbox import Shard, backlog
 from cdc_worker.pace import Pace
 from cdc_worker.parking import Parking
+from cdc_worker.plan import Plan
 from cdc_worker.reader import Reader
 from cdc_worker.registry import Registry
 from cdc_worker.rotation import rotate
@@ -47,6 +50,9 @@ class Care:
         outage: Outage,
         registry: Registry,
         *,
+        checkpoint: Checkpoint,
+        shard: Shard,
+        epoch: int,
         config: Sequence[Mirror],
     ) -> None:
         self._settings = settings
@@ -54,6 +60,11 @@ class Care:
         self._deployment = deployment
         self._outage = outage
         self._registry = registry
+        self._checkpoint = checkpoint
+        self._shard = shard
+        self._epoch = epoch
+        # As Convex was told last: when the shard was opened.
+        self._noted_saves = checkpoint.saves
         self._config = config
         self._soon = asyncio.Event()
         # Tables last seen without triggers.
@@ -103,13 +114,16 @@ class Care:
         return None
 
     async def _round(self, reader: Reader) -> None:
-        await rotate(
-            self._database,
-            retention_hours=self._settings.retention_hours,
-            partition_bytes=self._settings.partition_bytes,
-        )
+        # What all shards have in common is the first one's.
+        if self._shard.number == 0:
+            await rotate(
+                self._database,
+                retention_hours=self._settings.retention_hours,
+                partition_bytes=self._settings.partition_bytes,
+            )
+            await self._look_at_triggers()
         await self._registry.mend()
-        await self._look_at_triggers()
+        await self._note_saves()
         await self._rescan(reader)
 
     async def _look_at_triggers(self) -> None:
@@ -117,7 +131,24 @@ class Care:
         bare = await uncaptured(self._database, self._config)
         if bare and bare != self._bare:
             log.error("capture.missing", tables=bare, cure="run `cdc-worker migrate`, then `cdc-worker backfill`")
+        if not set(self._bare) <= set(bare):
+            # A restore makes triggers last. What came before them was captured by nobody.
+            log.warning("capture.restored", tables=self._bare, cure="none needed: every row is looked at again")
+            await backfill.request_all(self._database, "a source had no triggers")
         self._bare = bare
+
+    async def _note_saves(self) -> None:
+        """Each side is told now and then how far the other was: who was set back since then is found out by it."""
+        saves = self._checkpoint.saves
+        if saves == self._noted_saves:
+            return
+        before = await note_saves(self._deployment, self._outage, self._shard, self._epoch, saves)
+        # A call that was repeated finds its own note.
+        if before is not None and before not in {saves, self._noted_saves}:
+            reason = "the deployment was set back to an older state"
+            log.warning("session.rescan", cause=reason, cure="none needed: every row and document is looked at again")
+            await backfill.request_all(self._database, reason)
+        self._noted_saves = saves
 
     async def _rescan(self, reader: Reader) -> None:
         """Page by page, each when all before is read: live changes do not queue behind a million old rows."""
@@ -150,6 +181,7 @@ class Care:
 
 async def heartbeat(
     database: Database,
+    shard: Shard,
     reader: Reader,
     lanes: Lanes,
     *,
@@ -164,11 +196,20 @@ async def heartbeat(
         since = lanes.oldest_since
         log.info(
             "worker.heartbeat",
+            shard=str(shard),
             lag_seconds=round(time.monotonic() - since, 1) if since is not None else 0.0,
-            backlog=0 if reader.caught_up.is_set() else await backlog(database, reader.position, _BACKLOG_COUNTED),
+            backlog=0
+            if reader.caught_up.is_set()
+            else await backlog(database, shard, reader.position, _BACKLOG_COUNTED),
             keys_under_way=lanes.keys,
             parked_keys=parking.count,
             batch_keys=pace.keys,
             batches_in_flight=pace.in_flight,
             **tally.take(),
         )
+
+
+async def _backlog(database: Database, shard: Shard, reader: Reader) -> int:
+    if reader.caught_up.is_set():
+        return 0
+    return await backlog(database, shard, reader.position, _BACKLOG_COUNTED)

@@ -5,6 +5,7 @@ Works through PgBouncer in transaction mode: no named prepared statements, no st
 
 import asyncio
 import contextlib
+import math
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -14,15 +15,18 @@ from typing import Any, LiteralString, Self
 import psycopg
 from psycopg import AsyncConnection, AsyncRawCursor
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from cdc_worker.liveness import Liveness
 
 Row = tuple[Any, ...]
-Connection = AsyncConnection[Row]
 
+# For a connection, a new one or one of the pool's.
+_CONNECT_SECONDS = 10
 # What the connection string says goes before these. A dead peer is noticed within about 30 s even without a statement.
 _DEFAULTS = {
     "application_name": "cdc_worker",
-    "connect_timeout": "10",
+    "connect_timeout": str(_CONNECT_SECONDS),
     "keepalives_idle": "10",
     "keepalives_interval": "5",
     "keepalives_count": "3",
@@ -32,9 +36,27 @@ _DEFAULTS = {
 _LOCK_TIMEOUT = "1s"
 # On top of the server's own statement timeout: only a dead link lets this one strike.
 _GRACE_SECONDS = 5.0
+_POSTGRES = "a statement in Postgres"
+# Nothing is worth a longer wait for the pool's connections to say goodbye.
+_CLOSE_SECONDS = 1.0
+
+_ONE_SNAPSHOT: LiteralString = "isolation level repeatable read read only"
+_NOW: LiteralString = "select pg_current_snapshot()::text"
 
 # The errors that say "this connection, or the whole database, is gone": the session starts anew.
 GONE = (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError, OSError)
+
+
+class Connection(AsyncConnection[Row]):
+    """A connection that is given up with the task that waits for it."""
+
+    async def cancel_safe(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109  # the driver's own
+        """What the driver calls for a task that is cancelled in the middle of a statement, before it lets go.
+
+        Its own way is to ask the server, over a new connection, and then to wait for the old one: 5 s for each, and
+        on a link that went deaf in vain.
+        """
+        self.pgconn.finish()
 
 
 def conninfo(dsn: str) -> str:
@@ -43,23 +65,32 @@ def conninfo(dsn: str) -> str:
 
 async def connect(dsn: str) -> Connection:
     """A connection of one's own, in autocommit, with `$1` as the placeholder."""
-    return await AsyncConnection.connect(
+    return await Connection.connect(
         conninfo(dsn), autocommit=True, prepare_threshold=None, cursor_factory=AsyncRawCursor
     )
 
 
 class Database:
-    """A small pool. Three are in use at once at the most: reader, checkpoint, backfill; one is to spare."""
+    """A small pool. For each shard two are in use at once: reader and checkpoint; and one for what can wait."""
 
-    def __init__(self, dsn: str, *, statement_seconds: float) -> None:
+    def __init__(
+        self, dsn: str, *, statement_seconds: float, shards: int = 1, liveness: Liveness | None = None
+    ) -> None:
+        self._dsn = dsn
         self._statement_seconds = statement_seconds
-        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
-            conninfo(dsn),
-            connection_class=AsyncConnection,
+        self._most_connections = 2 + 2 * shards
+        # Of a process that lives long; one that nobody has started watches nothing.
+        self._liveness = liveness if liveness is not None else Liveness(math.inf)
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> AsyncConnectionPool[Connection]:
+        return AsyncConnectionPool(
+            conninfo(self._dsn),
+            connection_class=Connection,
             kwargs={"autocommit": True, "prepare_threshold": None, "cursor_factory": AsyncRawCursor},
             min_size=1,
-            max_size=4,
-            timeout=10.0,
+            max_size=self._most_connections,
+            timeout=_CONNECT_SECONDS,
             open=False,
             name="cdc_worker",
         )
@@ -69,40 +100,75 @@ class Database:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._pool.close(timeout=2.0)
+        await self._pool.close(timeout=_CLOSE_SECONDS)
+
+    async def reopen(self) -> None:
+        """A new pool, as a database that comes back wants it: the old one may be in a long pause between its own tries.
+
+        Raises psycopg.OperationalError, with the driver's own words, if there is no database.
+        """
+        await (await connect(self._dsn)).close()
+        old, self._pool = self._pool, self._new_pool()
+        await self._pool.open(wait=False)
+        await old.close(timeout=_CLOSE_SECONDS)
 
     async def execute(self, statement: LiteralString, *params: Any) -> list[Row]:
         """One statement in a transaction of its own; its rows, if it has any."""
-        async with self._borrow() as connection:
-            with cut_after(connection, self._statement_seconds + _GRACE_SECONDS):
-                return await fetch(connection, statement, *params)
+        async with self._borrow(self._statement_seconds + _GRACE_SECONDS) as connection:
+            return await fetch(connection, statement, *params)
 
     @asynccontextmanager
     async def transaction(self, mode: LiteralString = "") -> AsyncIterator[Connection]:
-        """A transaction in `mode`, for instance `isolation level repeatable read read only`."""
-        async with self._borrow() as connection:
-            with cut_after(connection, self._statement_seconds * 2 + _GRACE_SECONDS):
-                await begin(connection, mode, statement_seconds=self._statement_seconds)
-                yield connection
-                await connection.commit()  # otherwise the pool rolls back
+        """A transaction in `mode`, for instance `read only`."""
+        async with self._begun(mode) as (connection, _):
+            yield connection
 
     @asynccontextmanager
-    async def _borrow(self) -> AsyncIterator[Connection]:
-        async with self._pool.connection() as connection:
+    async def snapshot(self) -> AsyncIterator[tuple[Connection, str]]:
+        """A transaction that reads one snapshot; and that snapshot, as Postgres writes it."""
+        async with self._begun(_ONE_SNAPSHOT, _NOW) as (connection, ((now,),)):
+            yield connection, now
+
+    @asynccontextmanager
+    async def _begun(
+        self, mode: LiteralString, first: LiteralString = ""
+    ) -> AsyncIterator[tuple[Connection, list[Row]]]:
+        async with self._borrow(self._statement_seconds * 2 + _GRACE_SECONDS) as connection:
+            rows = await begin(connection, mode, first, statement_seconds=self._statement_seconds)
+            yield connection, rows
+            await connection.commit()
+
+    @asynccontextmanager
+    async def _borrow(self, seconds: float) -> AsyncIterator[Connection]:
+        """A connection for so long at the most, the roll-back of what went wrong included."""
+        with self._liveness.waits_for(_POSTGRES):
+            async with self._connection(seconds) as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def _connection(self, seconds: float) -> AsyncIterator[Connection]:
+        try:
+            connection = await self._pool.getconn()
+        except PoolTimeout:
+            raise PoolTimeout(
+                f"no connection within {_CONNECT_SECONDS} s: all are in use, or Postgres (or its pooler) gives no more"
+            ) from None
+        try:
             # The pool waits with asyncio.wait_for, which loses a cancellation that comes together with its
             # result (Python 3.11): without this a stopped task would go on as if nobody had asked it to end.
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise asyncio.CancelledError
-            yield connection
+            with cut_after(connection, seconds):
+                async with connection:
+                    yield connection
+        finally:
+            await self._pool.putconn(connection)
 
 
 @contextmanager
 def cut_after(connection: Connection, seconds: float) -> Iterator[None]:
-    """A deadline that also ends waits on a link that went deaf: the socket is shut down under the driver.
-
-    Cancelling would not do: the driver then asks the server to cancel, and waits for it to say so.
-    """
+    """A deadline that also ends waits on a link that went deaf: the socket is shut down under the driver."""
 
     def cut() -> None:
         with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as link:
@@ -115,13 +181,22 @@ def cut_after(connection: Connection, seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-async def begin(connection: Connection, mode: LiteralString, *, statement_seconds: float) -> None:
-    """Starts a transaction with its deadlines, in one round trip."""
+async def begin(
+    connection: Connection, mode: LiteralString, first: LiteralString = "", *, statement_seconds: float
+) -> list[Row]:
+    """Starts a transaction with its deadlines, and a `first` statement: its rows. All in one round trip.
+
+    The last deadline is for a worker that vanishes with its machine: what it locked is not locked for hours.
+    """
     milliseconds = int(statement_seconds * 1000)
-    await connection.execute(
+    cursor = await connection.execute(
         f"begin {mode}; set local statement_timeout = {milliseconds}; "
-        f"set local lock_timeout = '{_LOCK_TIMEOUT}'; set local jit = off"
+        f"set local lock_timeout = '{_LOCK_TIMEOUT}'; set local jit = off; "
+        f"set local idle_in_transaction_session_timeout = {2 * milliseconds + int(_GRACE_SECONDS * 1000)}; {first}"
     )
+    while cursor.nextset():
+        pass
+    return await cursor.fetchall() if cursor.description is not None else []
 
 
 async def fetch(connection: Connection, statement: LiteralString, *params: Any) -> list[Row]:

@@ -24,10 +24,14 @@ from convex import ConvexError
 Kind = Literal["query", "mutation"]
 
 _CURES = {
-    400: "is CONVEX_DEPLOY_KEY whole?",
     401: "CONVEX_DEPLOY_KEY does not belong to this deployment",
     403: "CONVEX_DEPLOY_KEY may not do this: make a new deploy key in the dashboard",
     404: "there is no deployment at CONVEX_URL",
+}
+# These may be about the one request, or about all of them: whoever sent it finds out.
+_REFUSALS = {
+    400: "is CONVEX_DEPLOY_KEY whole?",
+    413: "a proxy in front of CONVEX_URL takes no request of this size",
 }
 
 
@@ -119,6 +123,8 @@ def _decode(status: int, text: bytes) -> Any:
         raise Transient(f"HTTP {status} with an unknown status field")
     code = answer.get("code") if isinstance(answer, dict) else None
     said = f"HTTP {status}{f' {code}' if isinstance(code, str) and code.isalnum() else ''}"
+    if status in _REFUSALS:
+        raise FunctionFailed(f"{said}: {_REFUSALS[status]}")
     if status in _CURES:
         raise Misconfigured(f"{said}: {_CURES[status]}")
     if 300 <= status < 400:

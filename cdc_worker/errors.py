@@ -16,6 +16,9 @@ class SchemaError(CdcError):
     """The database lacks what `migrate` makes, or has moved on. Reaction: say so, wait, look again."""
 
 
+READ_ONLY = "this database is read-only (a standby?): point DATABASE_URL at the primary"
+
+
 class Fenced(CdcError):
     """Somebody else reads this shard now. Reaction: drop everything read, and ask for the lease again."""
 

@@ -67,7 +67,7 @@ class Lanes:
         """A page's readings, at most one for each key, newer than all before; its oldest change was made at `since`."""
         page = _OpenPage(end, since)
         for event in events:
-            key = (event.mirror_id, event.key)
+            key = event[:2]
             lane = self._behind if key in self._in_flight else self._waiting
             older = lane.get(key)
             self._bytes += len(event.text) - (len(older.text) if older is not None else 0)
@@ -81,24 +81,24 @@ class Lanes:
         batch: list[Event] = []
         size = 0
         while self._waiting and len(batch) < most_keys:
-            key, event = next(iter(self._waiting.items()))
+            key, event = self._waiting.popitem(last=False)
             if batch and size + len(event.text) > most_bytes:
+                self._waiting[key] = event
+                self._waiting.move_to_end(key, last=False)
                 break
-            del self._waiting[key]
             self._in_flight[key] = self._owed.pop(key)
-            self._bytes -= len(event.text)
             size += len(event.text)
             batch.append(event)
+        self._bytes -= size
         return batch
 
     def settle(self, events: Iterable[Event]) -> None:
         """The outcome of these readings is known, and noted where it has to be."""
         for event in events:
-            key = (event.mirror_id, event.key)
+            key = event[:2]
             for page in self._in_flight.pop(key):
                 page.left -= 1
-            newer = self._behind.pop(key, None)
-            if newer is not None:
+            if self._behind and (newer := self._behind.pop(key, None)) is not None:
                 self._waiting[key] = newer
 
     def acknowledged(self) -> Position | None:

@@ -6,27 +6,26 @@ would pass the bound, and only what is left of the large ones is then fetched wh
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import psycopg
 import structlog
 
-from cdc_worker.catalog import Plan
-from cdc_worker.database import Connection, Database, fetch, first_lines, is_gone
-from cdc_worker.documents import Event, Problem, UnfitRow, document, event
+from cdc_worker.database import Connection, Database, first_lines, is_gone
+from cdc_worker.documents import Event, EventMaker, Problem, Row
 from cdc_worker.errors import SchemaError
-from cdc_worker.keys import join_key, key_parts
-from cdc_worker.outbox import LogRow, Page, Position, read_page
+from cdc_worker.keys import key_arrays
+from cdc_worker.outbox import LogRow, Page, Position, Shard, read_page
+from cdc_worker.plan import Plan
 
 log = structlog.get_logger()
-
-_SNAPSHOT = "isolation level repeatable read read only"
 
 # A larger row is only measured at first. A page of 1,000 rows that are not large has at most 16 MiB.
 _LARGE_ROW_BYTES = 16_384
 # All documents of a page together, unless a single one is larger.
 _PAGE_BYTES = 8 * 1024 * 1024
 _NO_LIMIT = 2_147_483_647
+# A page whose query passed the time limit is read again with one row in so many.
+_SLOW_SHARE = 8
 
 
 @dataclass
@@ -52,55 +51,60 @@ class Readings:
     rescans: set[int] = field(default_factory=set)
 
 
-@dataclass(slots=True)
-class _Row:
-    """A key's row: its size in bytes, and its values unless it is large; or what is wrong with it."""
-
-    size: int = 0
-    values: tuple[Any, ...] | None = None
-    problem: Problem | None = None
-
-
-# No row: a delete.
-_Found = dict[str, _Row | None]
+# By key: what became of its row, or the bytes of a large one that was only measured.
+_Found = dict[str, Event | int]
 
 
 class LateReader:
     """Reads pages for one reader."""
 
-    def __init__(self, database: Database, mirrors: Mapping[int, MirrorState], *, page_rows: int) -> None:
+    def __init__(self, database: Database, shard: Shard, mirrors: Mapping[int, MirrorState], *, page_rows: int) -> None:
         self._database = database
+        self._shard = shard
         self._mirrors = mirrors
+        self._most_rows = page_rows
         self._page_rows = page_rows
 
     async def read(self, position: Position, number: int) -> Readings:
         """The next page behind `position`, its readings numbered `number`."""
+        while True:
+            try:
+                readings = await self._read_well_or_carefully(position, number)
+            except psycopg.errors.QueryCanceled:
+                if self._page_rows == 1:
+                    raise
+                # Smaller pages, not halves of this one: what is quick is acknowledged while the slow is searched for.
+                self._page_rows = max(self._page_rows // _SLOW_SHARE, 1)
+            else:
+                self._page_rows = min(self._page_rows * 2, self._most_rows)
+                return readings
+
+    async def _read_well_or_carefully(self, position: Position, number: int) -> Readings:
         try:
             return await self._read(position, number, careful=False)
         except psycopg.Error as error:
-            if is_gone(error):
+            if is_gone(error) or (isinstance(error, psycopg.errors.QueryCanceled) and self._page_rows > 1):
                 raise
             return await self._read(position, number, careful=True)
 
     async def _read(self, position: Position, number: int, *, careful: bool) -> Readings:
         """Careful: behind savepoints, so that one mirror's error is its own, and a row's is found by halving."""
-        async with self._database.transaction(_SNAPSHOT) as connection:
-            page = await read_page(connection, position, self._page_rows)
+        async with self._database.snapshot() as (connection, now):
+            page = await read_page(connection, self._shard, now, position, self._page_rows)
+            keys = _distinct_keys(page.rows)
+            states = [state for mirror_id in keys if not (state := self._mirror(mirror_id)).retired]
             found = {
-                mirror_id: await self._rows(connection, self._mirror(mirror_id), keys, careful=careful)
-                for mirror_id, keys in _distinct_keys(page.rows).items()
+                state.id: await self._rows(connection, state, keys[state.id], number, careful=careful)
+                for state in states
             }
             count = _rows_that_fit(page.rows, found)
             if count < len(page.rows):
                 page = page.cut(count)
-            readings = Readings(page)
-            readings.rescans = {row.mirror_id for row in page.rows if row.key is None}
-            for mirror_id, keys in _distinct_keys(page.rows).items():
-                state = self._mirror(mirror_id)
-                if not state.retired:
-                    rows = found[mirror_id]
-                    await self._complete(connection, state, rows, keys)
-                    readings.events += [_event(state, key, rows[key], number) for key in keys]
+                keys = _distinct_keys(page.rows)
+            readings = Readings(page, rescans={row.mirror_id for row in page.rows if row.key is None})
+            for state in states:
+                wanted = keys.get(state.id, [])
+                readings.events += await self._complete(connection, state, found[state.id], wanted, number)
         return readings
 
     def _mirror(self, mirror_id: int) -> MirrorState:
@@ -111,18 +115,19 @@ class LateReader:
                 f"the log names mirror {mirror_id}, which this worker does not know: restart it"
             ) from None
 
-    async def _rows(self, connection: Connection, state: MirrorState, keys: Sequence[str], *, careful: bool) -> _Found:
-        if state.retired:
-            return dict.fromkeys(keys)
+    async def _rows(
+        self, connection: Connection, state: MirrorState, keys: Sequence[str], number: int, *, careful: bool
+    ) -> _Found:
         if state.plan is None:
-            return _all(keys, ("mirror", state.broken))
+            return _all(state, keys, ("mirror", state.broken))
+        maker = EventMaker(state.plan, state.id, number)
         if not careful:
-            return await _query(connection, state.plan, keys, _LARGE_ROW_BYTES)
+            return await _query(connection, state.plan, maker, keys, _LARGE_ROW_BYTES)
         try:
             async with connection.transaction():
-                return await _query(connection, state.plan, keys, _LARGE_ROW_BYTES)
+                return await _query(connection, state.plan, maker, keys, _LARGE_ROW_BYTES)
         except psycopg.Error as error:
-            if is_gone(error):
+            if is_gone(error) or (isinstance(error, psycopg.errors.QueryCanceled) and len(keys) > 1):
                 raise
             if (error.sqlstate or "").startswith(("42", "55")):
                 # The query as a whole: an unknown column or table, a right taken away, a table that is locked.
@@ -133,20 +138,26 @@ class LateReader:
                     cause=state.broken,
                     cure="its keys are parked until the query runs again: mend it in cdc_worker.toml and run migrate",
                 )
-                return _all(keys, ("mirror", state.broken))
+                return _all(state, keys, ("mirror", state.broken))
             if len(keys) == 1:
                 # The message itself can quote a value (`invalid input syntax for type integer: "..."`).
                 said = f"the query fails on this row: {type(error).__name__} ({error.sqlstate})"
-                return _all(keys, ("row", said))
+                return _all(state, keys, ("row", said))
         middle = len(keys) // 2
-        first = await self._rows(connection, state, keys[:middle], careful=True)
-        return first | await self._rows(connection, state, keys[middle:], careful=True)
+        first = await self._rows(connection, state, keys[:middle], number, careful=True)
+        return first | await self._rows(connection, state, keys[middle:], number, careful=True)
 
-    async def _complete(self, connection: Connection, state: MirrorState, rows: _Found, keys: Sequence[str]) -> None:
-        """Fetches the large rows among `keys` whole; they were seen in this very snapshot."""
-        large = [key for key in keys if (row := rows[key]) is not None and row.size > _LARGE_ROW_BYTES]
-        if large and state.plan is not None:
-            rows.update(await _query(connection, state.plan, large, _NO_LIMIT))
+    async def _complete(
+        self, connection: Connection, state: MirrorState, found: _Found, keys: Sequence[str], number: int
+    ) -> list[Event]:
+        """The events of `keys`. Large rows are fetched whole; they were seen in this very snapshot."""
+        large = [key for key in keys if isinstance(found[key], int)]
+        if large and state.plan is None:  # found broken by a later key of this very page
+            found |= _all(state, large, ("mirror", state.broken))
+        elif large and state.plan is not None:
+            maker = EventMaker(state.plan, state.id, number)
+            found |= await _query(connection, state.plan, maker, large, _NO_LIMIT)
+        return [event for key in keys if isinstance(event := found[key], Event)]
 
 
 def _distinct_keys(rows: Sequence[LogRow]) -> dict[int, list[str]]:
@@ -159,50 +170,40 @@ def _distinct_keys(rows: Sequence[LogRow]) -> dict[int, list[str]]:
 
 def _rows_that_fit(rows: Sequence[LogRow], found: Mapping[int, _Found]) -> int:
     """How many of the page's rows have documents that are within the bound together; at least one."""
+    sizes = {
+        (mirror_id, key): reading if isinstance(reading, int) else len(reading.text)
+        for mirror_id, readings in found.items()
+        for key, reading in readings.items()
+    }
+    if sum(sizes.values()) <= _PAGE_BYTES:
+        return len(rows)
     size = 0
-    counted = set()
     for count, row in enumerate(rows):
-        if row.key is None or (row.mirror_id, row.key) in counted:
-            continue
-        counted.add((row.mirror_id, row.key))
-        current = found[row.mirror_id][row.key]
-        size += current.size if current is not None else 0
+        if row.key is not None:  # counted once
+            size += sizes.pop((row.mirror_id, row.key), 0)
         if size > _PAGE_BYTES and count:
             return count
     return len(rows)
 
 
-async def _query(connection: Connection, plan: Plan, keys: Sequence[str], most_bytes: int) -> _Found:
-    width = len(plan.mirror.key)
-    found: _Found = dict.fromkeys(keys)
-    possible = [parts for key in keys if (parts := key_parts(key, plan.key_types)) is not None]
-    if not possible:
-        return found
-    columns = [list(column) for column in zip(*possible, strict=True)]
-    for row in await fetch(connection, plan.documents, *columns, most_bytes):
-        key = join_key(row[:width])
-        # A collation may find spellings of a key that nobody asked for: they have log rows of their own.
-        if key in found:
-            several = found[key] is not None
-            found[key] = (
-                _Row(problem=("row", "the query yields several rows for this key"))
-                if several
-                else _Row(row[width], row[width + 1 :])
-            )
-    return found
+async def _query(connection: Connection, plan: Plan, maker: EventMaker, keys: Sequence[str], most_bytes: int) -> _Found:
+    """What the keys' rows are now; of those that are larger than `most_bytes`, only how large."""
+    arrays = key_arrays(keys, plan.key_types)
+    rows: dict[str, Row | None] = {}
+    if arrays:
+        cursor = await connection.execute(plan.documents, (*arrays, most_bytes), binary=True)
+        for row in await cursor.fetchall():
+            rows[row[0]] = row if row[0] not in rows else None
+    # A collation may find spellings of a key that nobody asked for: they have log rows of their own.
+    return {key: _reading(maker, key, rows[key]) if key in rows else maker.delete(key) for key in keys}
 
 
-def _all(keys: Sequence[str], problem: Problem) -> _Found:
-    return {key: _Row(problem=problem) for key in keys}
+def _reading(maker: EventMaker, key: str, row: Row | None) -> Event | int:
+    if row is None:
+        return maker.unfit(key, "the query yields several rows for this key")
+    _, size, problem, event, _ = row
+    return size if event is None and problem is None else maker.put(row)
 
 
-def _event(state: MirrorState, key: str, row: _Row | None, number: int) -> Event:
-    if row is not None and row.problem is not None:
-        return Event(state.id, key, b"", row.problem)
-    if state.plan is None:  # found broken by a later key of this very page
-        return Event(state.id, key, b"", ("mirror", state.broken))
-    try:
-        fields = document(state.plan, row.values) if row is not None and row.values is not None else None
-        return event(state.plan, state.id, key, number, fields)
-    except UnfitRow as error:
-        return Event(state.id, key, b"", ("row", str(error)))
+def _all(state: MirrorState, keys: Sequence[str], problem: Problem) -> _Found:
+    return {key: Event(state.id, key, b"", problem) for key in keys}

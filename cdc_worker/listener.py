@@ -5,14 +5,18 @@ NOTIFY takes a lock of the whole cluster at commit, so writers must not ring whi
 advisory lock. Capture tries it shared, and rings only if that fails; the worker takes it exclusively when it
 has nothing to do, looks once more, and then waits. A writer that got the lock is seen by that last look, or
 keeps the worker from the gate as long as its transaction is open: then the worker polls.
+
+Of several readers one keeps the gate, and the others sleep behind it: a writer's ring wakes all. Who opens the gate
+rings, too, so that one of those who sleep on closes it again.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
 from cdc_worker.capture import CHANNEL, GATE
-from cdc_worker.database import Connection, connect, cut_after, fetch_one
+from cdc_worker.database import Connection, Database, connect, cut_after, fetch_one
 from cdc_worker.errors import CdcError
 
 # The self-test's NOTIFY comes back at once, or it never will (a pooler in between).
@@ -22,9 +26,23 @@ _DEADLINE_SECONDS = 5.0
 
 _LISTEN = f"listen {CHANNEL}"
 _TWO_PHASE = "select current_setting('max_prepared_transactions') <> '0'"
-_SELF = "select pg_backend_pid()"
+_SELF = "select pid, backend_start::text from pg_stat_activity where pid = pg_backend_pid()"
+# The server's side of a link that nobody cut, and that leads nowhere: it lets go within 30 s, not after two hours.
+_NOTICE = """
+set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3;
+set tcp_user_timeout = '30s'
+"""
+# Numbers of processes come again: it is the same backend only if it began at the same time.
+_END = "select pg_terminate_backend(pid) from pg_stat_activity where pid = $1 and backend_start = $2::timestamptz"
 _ARM = f"select pg_try_advisory_lock({GATE[0]}, {GATE[1]})"
 _DISARM = f"select pg_advisory_unlock({GATE[0]}, {GATE[1]})"
+# Whether another reader keeps the gate: writers take it shared.
+_KEPT = """
+select exists (select from pg_locks where locktype = 'advisory' and classid = $1 and objid = $2 and objsubid = 2
+               and mode = 'ExclusiveLock' and granted
+               and database = (select oid from pg_database where datname = current_database()))
+"""
+_DISARM_AND_RING = f"select pg_advisory_unlock({GATE[0]}, {GATE[1]}), pg_notify('{CHANNEL}', '')"
 
 
 class NoBell(CdcError):
@@ -34,13 +52,18 @@ class NoBell(CdcError):
 class Bell:
     """A connection that listens. Never repaired: any error ends the session, and the next one builds a new bell."""
 
-    def __init__(self, connection: Connection, pid: int) -> None:
+    def __init__(self, connection: Connection, pid: int, started_at: str, *, alone: bool) -> None:
         self._connection = connection
         self.pid = pid
+        self._started_at = started_at
+        # There is no other reader.
+        self._alone = alone
+        # The gate is ours to open.
+        self._keeps_gate = False
 
     @classmethod
-    async def open(cls, dsn: str, ring: Callable[[], Awaitable[object]]) -> Self:
-        """A bell that rings when `ring` notifies from another connection.
+    async def open(cls, dsn: str, ring: Callable[[], Awaitable[object]], *, alone: bool = True) -> Self:
+        """A bell that rings when `ring` notifies from another connection; `alone`: no other reader sleeps beside it.
 
         Raises NoBell where LISTEN does not work, and psycopg.OperationalError if there is no database.
         """
@@ -51,11 +74,12 @@ class Bell:
                 if prepared:
                     raise NoBell("max_prepared_transactions is not 0, and what has notified cannot be prepared")
                 await connection.execute(_LISTEN)
-                bell = cls(connection, (await fetch_one(connection, _SELF))[0])
+                bell = cls(connection, *(await fetch_one(connection, _SELF)), alone=alone)
                 await ring()
                 # Only listening from here: a pooler would hand a notification to a statement, but never to a wait.
                 if not await bell._ring(_ECHO_SECONDS):
                     raise NoBell("LISTEN gets no answer: a pooler in between?")
+                await connection.execute(_NOTICE)
         except BaseException:
             await connection.close()
             raise
@@ -64,13 +88,24 @@ class Bell:
     async def close(self) -> None:
         await self._connection.close()
 
+    async def end_backend(self, database: Database) -> None:
+        """If the link went deaf, the server does not know it yet, and keeps the gate for a listener that is gone."""
+        if self._connection.broken:
+            await database.execute(_END, self.pid, self._started_at)
+
     async def arm(self) -> bool:
-        """Takes the gate, if no writer is at it."""
-        (taken,) = await self._ask(_ARM)
-        return bool(taken)
+        """True if the gate is closed: by us, or by another reader. False while a writer is at it."""
+        (self._keeps_gate,) = await self._ask(_ARM)
+        if self._keeps_gate or self._alone:
+            return self._keeps_gate
+        (kept,) = await self._ask(_KEPT, *GATE)
+        return bool(kept)
 
     async def disarm(self) -> None:
-        await self._ask(_DISARM)
+        """Opens the gate, if we keep it."""
+        if self._keeps_gate:
+            await self._ask(_DISARM if self._alone else _DISARM_AND_RING)
+            self._keeps_gate = False
 
     async def wait(self, wake: asyncio.Event, seconds: float) -> bool:
         """True if it rang, or `wake` was set (and is cleared); False after `seconds`."""
@@ -88,9 +123,14 @@ class Bell:
         return not ring.cancelled() and ring.result()
 
     async def _ring(self, seconds: float) -> bool:
-        # To its end: the generator holds the connection's lock for as long as it lives.
-        return bool([notify async for notify in self._connection.notifies(timeout=seconds, stop_after=1)])
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            # To its end: the generator holds the connection's lock for as long as it lives.
+            rings = [ring async for ring in self._connection.notifies(timeout=left, stop_after=1)]
+            if any(ring.pid != self.pid for ring in rings):
+                return True
+        return False
 
-    async def _ask(self, statement: Any) -> tuple[Any, ...]:
+    async def _ask(self, statement: Any, *params: int) -> tuple[Any, ...]:
         with cut_after(self._connection, _DEADLINE_SECONDS):
-            return await fetch_one(self._connection, statement)
+            return await fetch_one(self._connection, statement, *params)

@@ -19,6 +19,7 @@ from cdc_worker.catalog import check, find_table
 from cdc_worker.database import Connection, begin, connect, fetch, first_lines
 from cdc_worker.errors import ConfigError, SchemaError
 from cdc_worker.mirrors import Mirror
+from cdc_worker.resharding import divide
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -102,8 +103,8 @@ def load_migrations() -> list[Migration]:
     ]
 
 
-async def migrate(dsn: str, mirrors: Sequence[Mirror]) -> None:
-    """Brings the schema cdc and all triggers up to date.
+async def migrate(dsn: str, mirrors: Sequence[Mirror], *, shards: int = 1) -> None:
+    """Brings the schema cdc, the shards and all triggers up to date.
 
     Raises ConfigError, before anything is changed, if a mirror does not fit the database, and SchemaError if
     the database cannot be migrated (a standby, a changed migration, no right to create).
@@ -114,7 +115,8 @@ async def migrate(dsn: str, mirrors: Sequence[Mirror]) -> None:
         await guard.execute(f"set local lock_timeout = {int(_LOCK_SECONDS * 1000)}")
         await guard.execute(_LOCK)
         try:
-            await _transaction(connection, lambda: _apply(connection))
+            await _between_writers(connection, "the log", lambda: _apply(connection))
+            await _transaction(connection, lambda: divide(connection, shards))
             ids = await _transaction(connection, lambda: _register(connection, mirrors))
             uncaptured = await _bring_triggers(connection, mirrors, ids)
             await _transaction(connection, lambda: _finish(connection, mirrors, uncaptured))
@@ -247,22 +249,35 @@ def _drops(schema: str, table: str, triggers: Sequence[str] | dict[str, str]) ->
 
 async def _change_table(connection: Connection, table: str, statements: Sequence[sql.Composed]) -> None:
     async def change() -> None:
-        await connection.execute(_TABLE_LOCK_TIMEOUT)
         for statement in statements:
             await connection.execute(statement)
 
+    try:
+        await _between_writers(connection, f"table {table}", change)
+    except psycopg.errors.DuplicateObject as error:
+        raise SchemaError(
+            f"{first_lines(error)}: the worker needs that name for its own trigger; rename yours"
+        ) from None
+
+
+async def _between_writers(connection: Connection, what: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Runs `work` in a transaction, as often as it takes until its locks are free for the asking.
+
+    Raises SchemaError if they never are.
+    """
+
+    async def impatient() -> None:
+        await connection.execute(_TABLE_LOCK_TIMEOUT)
+        await work()
+
     for attempt in range(1, _TABLE_TRIES + 1):
         try:
-            return await _transaction(connection, change)
-        except psycopg.errors.DuplicateObject as error:
-            raise SchemaError(
-                f"{first_lines(error)}: the worker needs that name for its own trigger; rename yours"
-            ) from None
+            return await _transaction(connection, impatient)
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
             if attempt % 10 == 1:
-                log.info("capture.waiting_for_table", table=table, attempt=attempt)
+                log.info("capture.waiting_for_table", table=what, attempt=attempt)
             await asyncio.sleep(random.uniform(0.1, 0.5))  # noqa: S311  # spreads tries, hides nothing
-    raise SchemaError(f"table {table} was busy for too long (a long transaction?): run migrate again")
+    raise SchemaError(f"{what} was busy for too long (a long transaction?): run migrate again")
 
 
 async def _finish(connection: Connection, mirrors: Sequence[Mirror], uncaptured: set[int]) -> None:

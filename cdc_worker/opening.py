@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, LiteralString
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from cdc_worker.backfill import request_all
 from cdc_worker.checkpoint import Checkpoint, Held
@@ -15,7 +15,7 @@ from cdc_worker.database import Database
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import FunctionFailed, Misconfigured
 from cdc_worker.outage import Outage
-from cdc_worker.outbox import Position
+from cdc_worker.outbox import Position, Shard
 
 log = structlog.get_logger()
 
@@ -23,6 +23,10 @@ log = structlog.get_logger()
 # with all others.
 _FORGET_FUTURE: LiteralString = "delete from cdc.outbox where xid >= pg_snapshot_xmax(pg_current_snapshot())"
 _NOW: LiteralString = "select pg_current_snapshot()::text"
+_XID: LiteralString = "select pg_snapshot_xmax(pg_current_snapshot())::text::int8"
+
+
+_SAVES: TypeAdapter[int | None] = TypeAdapter(int | None)
 
 
 class _Answer(BaseModel):
@@ -31,6 +35,18 @@ class _Answer(BaseModel):
     deployment: str
     epoch: int = Field(gt=0)
     previous: int | None
+    # Under `previous`: as far as Convex was told.
+    previousSaves: int  # noqa: N815  # as Convex says it
+
+
+@dataclass(frozen=True)
+class Known:
+    """What this process remembers of the shard: Postgres must be no less far, unless it was set back."""
+
+    # How often the checkpoint was saved.
+    saves: int = 0
+    # A transaction id that was not given out yet; for what was delivered after the last save.
+    xid: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,10 +58,23 @@ class Opened:
 
 
 async def open_shard(
-    database: Database, checkpoint: Checkpoint, deployment: Deployment, outage: Outage, *, shard: str, held: Held
+    database: Database,
+    checkpoint: Checkpoint,
+    deployment: Deployment,
+    outage: Outage,
+    *,
+    shard: Shard,
+    held: Held,
+    known: Known,
 ) -> Opened:
     """Waits until Convex hands out an epoch. Raises Fenced if the lease was lost meanwhile."""
-    args = {"shard": shard, "reader": str(uuid.uuid4()), "atLeast": held.epoch}
+    args = {
+        "shard": shard.name,
+        "shards": shard.of,
+        "reader": str(uuid.uuid4()),
+        "atLeast": max(held.epoch, held.epoch_floor),
+        "saves": held.saves,
+    }
 
     async def attempt() -> _Answer:
         try:
@@ -62,15 +91,8 @@ async def open_shard(
 
     answer = await outage.insist(attempt)
     incarnation = await checkpoint.incarnation()
-    position, reason = held.position, ""
-    if held.deployment is None:
-        reason = "first time at this deployment"
-    elif answer.deployment != held.deployment:
-        reason = "CONVEX_URL leads to another deployment than before"
-    elif answer.previous is None or answer.previous < held.epoch:
-        reason = "the deployment was set back to an older state"
-    elif answer.previous > held.epoch:
-        reason = "Postgres was set back to an older state, or a worker died while it opened"
+    ((xid,),) = await database.execute(_XID)
+    position, reason = held.position, _doubt(held, answer, known, xid)
     if held.incarnation is not None and held.incarnation != incarnation:
         reason = "this is another Postgres than before (restored, failed over, or copied)"
         # Transaction ids may have started again: the old position says nothing about this one.
@@ -85,3 +107,41 @@ async def open_shard(
     if position != held.position:
         await checkpoint.save(position)
     return Opened(answer.epoch, position)
+
+
+def _doubt(held: Held, answer: _Answer, known: Known, xid: int) -> str:
+    """Why Postgres and Convex may not be what they were to each other; "" if nothing says so."""
+    if held.deployment is None:
+        return "first time at this deployment"
+    if answer.deployment != held.deployment:
+        return "CONVEX_URL leads to another deployment than before"
+    # A shard that `migrate` has just made has no epoch, neither here nor there.
+    previous = answer.previous or 0
+    if previous < held.epoch:
+        return "the deployment was set back to an older state"
+    if previous > held.epoch:
+        return "Postgres was set back to an older state, or a worker died while it opened"
+    # The epoch may be in the backup, if that was made while the reader was at work.
+    if max(known.saves, answer.previousSaves) > held.saves or known.xid > xid:
+        return "Postgres was set back to an older state"
+    return ""
+
+
+async def note_saves(deployment: Deployment, outage: Outage, shard: Shard, epoch: int, saves: int) -> int | None:
+    """Tells Convex how often the checkpoint was saved: never more than Postgres knows, unless that is set back.
+
+    Returns what Convex was told before; None if the shard has another epoch now.
+    """
+    args = {"shard": shard.name, "epoch": epoch, "saves": saves}
+
+    async def attempt() -> int | None:
+        try:
+            return _SAVES.validate_python(await deployment.call("mutation", "cdc:noteSaves", args))
+        except FunctionFailed as error:
+            raise Misconfigured(f"{error}: is the deployment running?") from None
+        except ValidationError:
+            raise Misconfigured(
+                "cdc:noteSaves gave an answer of another form: deploy this worker's convex/ folder"
+            ) from None
+
+    return await outage.insist(attempt)

@@ -29,7 +29,6 @@ class Outage:
 
     def __init__(self, *, longest_pause_seconds: float, liveness: Liveness) -> None:
         self._liveness = liveness
-        self._asking = 0
         self._longest = longest_pause_seconds
         self._since: float | None = None
         self._said = -_REMINDER_SECONDS
@@ -43,28 +42,22 @@ class Outage:
         """The outcome of `attempt`, repeated while it is Transient or Misconfigured."""
 
         async def once() -> T:
-            return await attempt()
+            with self._liveness.waits_for(_CONVEX):
+                return await attempt()
 
-        self._asking += 1
-        self._liveness.moved(_CONVEX)
-        try:
-            value: T = await AsyncRetrying(
-                wait=wait_random_exponential(multiplier=_FIRST_PAUSE_SECONDS, max=self._longest),
-                retry=retry_if_exception_type((Transient, Misconfigured)),
-                before_sleep=self._failed,
-                sleep=self._sleep,
-                reraise=True,
-            )(once)
-        finally:
-            self._asking -= 1
-            self._liveness.moved(_CONVEX) if self._asking else self._liveness.rests(_CONVEX)
+        value: T = await AsyncRetrying(
+            wait=wait_random_exponential(multiplier=_FIRST_PAUSE_SECONDS, max=self._longest),
+            retry=retry_if_exception_type((Transient, Misconfigured)),
+            before_sleep=self._failed,
+            sleep=self._sleep,
+            reraise=True,
+        )(once)
         self._recovered()
         return value
 
     def _failed(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None
         assert isinstance(error, Transient | Misconfigured)
-        self._liveness.moved(_CONVEX)
         self._say(error)
 
     async def _sleep(self, seconds: float) -> None:

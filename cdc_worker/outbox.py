@@ -7,9 +7,26 @@ window larger than a page is read page by page with its end fixed; then the next
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cdc_worker.capture import CHANNEL
-from cdc_worker.database import Connection, Database, fetch, fetch_one
+from cdc_worker.database import Connection, Database, fetch
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `of` parts of the log, by the keys (cdc.shard_of in migrations/)."""
+
+    number: int
+    of: int
+
+    @property
+    def name(self) -> str:
+        """As cdc.checkpoint and Convex know it."""
+        return str(self.number)
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
 
 
 @dataclass(frozen=True)
@@ -21,9 +38,13 @@ class Position:
     after_xid: int = 0
     after_id: int = 0
 
+    @property
+    def xmax(self) -> int:
+        """The first transaction id that was not given out yet when its last snapshot was taken."""
+        return int((self.window_end or self.snapshot).split(":")[1])
 
-@dataclass(frozen=True)
-class LogRow:
+
+class LogRow(NamedTuple):
     mirror_id: int
     # None: rescan the mirror
     key: str | None
@@ -49,64 +70,81 @@ class Page:
         return Page(self.start, self.rows[:count], end, self.age_seconds)
 
 
-# The two arms are index ranges of (xid, id): neither a long transaction nor dead rows make them pass old ground.
-# A row is also visible to the statement itself, which leaves out transactions that were rolled back.
+# Two index ranges of (xid, id): neither a long transaction nor dead rows make them pass old ground. The second is one
+# for each transaction that was open, so that a large one is paged, too. A row is also visible to the statement itself,
+# which leaves out transactions that were rolled back. Each row that is taken has a key of the shard for the page, but
+# for the one in which the page before ended; rows are put in order before they are taken apart, so that no more of
+# them are fetched than the page has room for.
 PAGE = """
-select mirror, key, xid::text, id, greatest(extract(epoch from clock_timestamp() - at), 0)::float8 from (
-    (select * from cdc.outbox
+select mirror, k.key, xid::text, id - cardinality(keys) + k.place as key_id,
+       greatest(extract(epoch from clock_timestamp() - at), 0)::float8
+from (
+    (select xid, id, at, mirror, coalesce(keys, array[key]) as keys from cdc.outbox
      where xid >= pg_snapshot_xmax($1::pg_snapshot) and xid < pg_snapshot_xmax($2::pg_snapshot)
        and pg_visible_in_snapshot(xid, $2::pg_snapshot) and (xid, id) > ($3::text::xid8, $4::int8)
-     order by xid, id limit $5)
+       and ($6::int = 1 or cdc.is_of_shard(key, keys, $6, $7::int))
+     order by xid, id limit $5 + 1)
     union all
-    (select * from cdc.outbox
-     where xid = any (array(select pg_snapshot_xip($1::pg_snapshot)))
-       and pg_visible_in_snapshot(xid, $2::pg_snapshot) and (xid, id) > ($3::text::xid8, $4::int8)
-     order by xid, id limit $5)
-) as page
-order by page.xid, page.id limit $5
+    (select late.* from pg_snapshot_xip($1::pg_snapshot) as was_open cross join lateral (
+        select xid, id, at, mirror, coalesce(keys, array[key]) as keys from cdc.outbox
+        where xid = was_open and pg_visible_in_snapshot(xid, $2::pg_snapshot) and (xid, id) > ($3::text::xid8, $4::int8)
+          and ($6 = 1 or cdc.is_of_shard(key, keys, $6, $7))
+        order by id limit $5 + 1) as late
+     order by xid, id limit $5 + 1)
+) as log cross join lateral unnest(keys) with ordinality as k (key, place)
+where (xid, id - cardinality(keys) + k.place) > ($3::text::xid8, $4::int8)
+  and ($6 = 1 or cdc.shard_of(k.key, $6) = $7)
+order by log.xid, log.id, k.place limit $5
 """
-_NOW = "select pg_current_snapshot()::text"
 _LOOK = """
 select pg_current_snapshot()::text,
        exists (select from cdc.outbox
                where xid >= pg_snapshot_xmax($1::pg_snapshot)
-                 and pg_visible_in_snapshot(xid, pg_current_snapshot()))
+                 and pg_visible_in_snapshot(xid, pg_current_snapshot())
+                 and ($2::int = 1 or cdc.is_of_shard(key, keys, $2, $3::int)))
     or exists (select from cdc.outbox
                where xid = any (array(select pg_snapshot_xip($1::pg_snapshot)))
-                 and pg_visible_in_snapshot(xid, pg_current_snapshot()))
+                 and pg_visible_in_snapshot(xid, pg_current_snapshot())
+                 and ($2::int = 1 or cdc.is_of_shard(key, keys, $2, $3::int)))
 """
 _BACKLOG = """
 select count(*) from (
-    select from cdc.outbox where xid >= pg_snapshot_xmax($1::pg_snapshot) and (xid, id) > ($2::text::xid8, $3::int8)
+    select from cdc.dirty_key
+    where xid >= pg_snapshot_xmax($1::pg_snapshot)
+      and (xid, row_id) > ($2::text::xid8, $3::int8) and (xid, id) > ($2::text::xid8, $3::int8)
+      and ($5::int = 1 or cdc.shard_of(key, $5) = $6::int)
     limit $4) as counted
 """
 _RING = "select pg_notify($1, '')"
+# As many keys in a row as capture writes (capture.py).
 MARK = """
-insert into cdc.outbox (slot, mirror, key)
-select coalesce(pg_sequence_last_value('cdc.slot'::regclass), 0), $1, unnest($2::text[])
+insert into cdc.outbox (slot, mirror, keys)
+select cdc.written(), $1, array_agg(key) from unnest($2::text[]) with ordinality as new (key, place)
+group by (place - 1) / 64
 """
 
 
-async def look(database: Database, position: Position) -> Position | None:
+async def look(database: Database, shard: Shard, position: Position) -> Position | None:
     """None if there is something new; otherwise the position moved on to now, which costs one statement."""
     if position.window_end is not None:
         return None
-    ((now, something),) = await database.execute(_LOOK, position.snapshot)
+    ((now, something),) = await database.execute(_LOOK, position.snapshot, shard.of, shard.number)
     return None if something else Position(now)
 
 
-async def backlog(database: Database, position: Position, most: int) -> int:
-    """About how many rows of the log are beyond `position`, counted up to `most`."""
-    ((rows,),) = await database.execute(_BACKLOG, position.snapshot, str(position.after_xid), position.after_id, most)
-    return int(rows)
+async def backlog(database: Database, shard: Shard, position: Position, most: int) -> int:
+    """About how many keys of the log are beyond `position`, counted up to `most`."""
+    ((keys,),) = await database.execute(
+        _BACKLOG, position.snapshot, str(position.after_xid), position.after_id, most, shard.of, shard.number
+    )
+    return int(keys)
 
 
-async def read_page(connection: Connection, position: Position, limit: int) -> Page:
-    """The next rows of the log. `connection` is in a repeatable-read transaction, whose snapshot the rows are
-    read in.
-    """
-    end = position.window_end or (await fetch_one(connection, _NOW))[0]
-    found = await fetch(connection, PAGE, position.snapshot, end, str(position.after_xid), position.after_id, limit)
+async def read_page(connection: Connection, shard: Shard, now: str, position: Position, limit: int) -> Page:
+    """The shard's next rows of the log. `connection` is in a repeatable-read transaction, whose snapshot is `now`."""
+    end = position.window_end or now
+    after = (str(position.after_xid), position.after_id)
+    found = await fetch(connection, PAGE, position.snapshot, end, *after, limit, shard.of, shard.number)
     rows = [LogRow(mirror, key, int(xid), row_id) for mirror, key, xid, row_id, _ in found]
     age = max((seconds for *_, seconds in found), default=0.0)
     page = Page(position.snapshot, rows, Position(end), age)

@@ -26,7 +26,7 @@ where p.mirror = m and p.key = k returning 1
 _COUNT = "select count(*) from cdc.parked_key"
 _RETRY = """
 insert into cdc.outbox (slot, mirror, key)
-select coalesce(pg_sequence_last_value('cdc.slot'::regclass), 0), mirror, key
+select cdc.written(), mirror, key
 from cdc.parked_key where mirror = $1 and class = 'mirror'
 returning 1
 """
@@ -38,7 +38,7 @@ where $1::text is null or m.name = $1 order by m.name, p.last_at desc, p.key lim
 """
 _MARK_AGAIN = """
 insert into cdc.outbox (slot, mirror, key)
-select coalesce(pg_sequence_last_value('cdc.slot'::regclass), 0), p.mirror, p.key
+select cdc.written(), p.mirror, p.key
 from cdc.parked_key p join cdc.mirror m on m.id = p.mirror
 where ($1::text is null or m.name = $1) and ($2::text is null or p.key = $2)
 returning 1

@@ -10,10 +10,11 @@ from cdc_worker.lanes import Lanes
 from cdc_worker.late_read import LateReader, MirrorState
 from cdc_worker.listener import Bell
 from cdc_worker.liveness import Liveness
-from cdc_worker.outbox import Position, look
+from cdc_worker.outbox import Position, Shard, look
 
 _READER = "the log in Postgres"
-# After a busy time the next change is likely soon: short pauses that double, and the bell is not worth its statements.
+# In a busy time the next change is likely soon: short pauses that double, and the bell is not worth its statements, nor
+# its NOTIFY to writers. It is a busy time when the bell rings within so long after a page was read.
 _FIRST_PAUSE_SECONDS = 0.002
 _LIKELY_SECONDS = 0.003
 # The bell is trusted for so long; then one look, which also moves the position on.
@@ -24,7 +25,7 @@ MOST_WAITING_KEYS = 10_000
 
 
 class Reader:
-    """One shard's reader under one epoch. `run` returns when stopped; otherwise it only raises."""
+    """The shard's reader under one epoch. `run` returns when stopped; otherwise it only raises."""
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class Reader:
         lanes: Lanes,
         position: Position,
         *,
+        shard: Shard,
         page_rows: int,
         poll_seconds: float,
         rescan: Callable[[set[int]], Any],
@@ -43,7 +45,10 @@ class Reader:
         self._liveness = liveness
         self._database = database
         self._bell = bell
-        self._late = LateReader(database, mirrors, page_rows=page_rows)
+        self._shard = shard
+        # The gate is closed: whatever was committed since, and is not read, has rung or will ring.
+        self._armed = False
+        self._late = LateReader(database, shard, mirrors, page_rows=page_rows)
         self._lanes = lanes
         self.position = position
         self._poll_seconds = poll_seconds
@@ -57,6 +62,10 @@ class Reader:
         self._freed = asyncio.Event()
         # The last look found nothing: whoever has time may add work of his own.
         self.caught_up = asyncio.Event()
+
+    def listen(self, bell: Bell) -> None:
+        """There is a bell now, where there was none."""
+        self._bell = bell
 
     def wake(self) -> None:
         self._wake.set()
@@ -72,7 +81,9 @@ class Reader:
     async def run(self) -> None:
         try:
             while await self._room():
-                if not await self._step():
+                if await self._step():
+                    await self._disarm()
+                else:
                     self.caught_up.set()
                     await self._rest()
         finally:
@@ -82,6 +93,7 @@ class Reader:
         """Waits until the lanes can take a page; False if stopped."""
         while not self._stopping and (self._lanes.keys >= MOST_WAITING_KEYS or self._lanes.bytes >= MOST_WAITING_BYTES):
             self._liveness.rests(_READER)
+            await self._disarm()
             self._freed.clear()
             await self._freed.wait()
         self._liveness.moved(_READER)
@@ -105,22 +117,32 @@ class Reader:
 
     async def _rest(self) -> None:
         """Returns when there may be something to read: rung, polled, or woken."""
+        if self._armed and self._bell is not None:
+            return await self._listen(self._bell)
         seconds = _FIRST_PAUSE_SECONDS
         while not await self._pause(seconds) and not await self._something():
             if seconds > _LIKELY_SECONDS and self._bell is not None and await self._bell.arm():
-                return await self._listen(self._bell)
+                self._armed = True
+                # A writer that found the gate open is seen by this look; one that comes later rings.
+                return None if await self._something() else await self._listen(self._bell)
             seconds = min(seconds * 2, self._poll_seconds)
         return None
 
     async def _listen(self, bell: Bell) -> None:
-        """Sleeps behind the closed gate."""
-        try:
-            # A writer that found the gate open is seen by this look; one that comes later rings.
-            while not await self._something():
-                if await bell.wait(self._wake, _LOOKOUT_SECONDS):
-                    return
-        finally:
-            await bell.disarm()
+        """Sleeps behind the closed gate, which stays closed while the page is read, unless it is a busy time."""
+        began = time.monotonic()
+        while not await bell.wait(self._wake, _LOOKOUT_SECONDS):
+            if await self._something():
+                # It should have rung: this asks it whether it is still there.
+                return await self._disarm()
+        if time.monotonic() - began < _LIKELY_SECONDS:
+            await self._disarm()
+        return None
+
+    async def _disarm(self) -> None:
+        if self._armed and self._bell is not None:
+            self._armed = False
+            await self._bell.disarm()
 
     async def _pause(self, seconds: float) -> bool:
         """True if woken."""
@@ -133,7 +155,7 @@ class Reader:
         return True
 
     async def _something(self) -> bool:
-        moved = await look(self._database, self.position)
+        moved = await look(self._database, self._shard, self.position)
         self._liveness.moved(_READER)
         if moved is None:
             return True

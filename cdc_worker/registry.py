@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import psycopg
 import structlog
 
-from cdc_worker.catalog import Plan, check
+from cdc_worker.catalog import check
 from cdc_worker.database import Database
 from cdc_worker.errors import ConfigError, SchemaError
 from cdc_worker.late_read import MirrorState
 from cdc_worker.migrate import load_migrations
 from cdc_worker.mirrors import Mirror
 from cdc_worker.parking import Parking
+from cdc_worker.plan import Plan
 
 log = structlog.get_logger()
 

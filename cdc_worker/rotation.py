@@ -17,7 +17,7 @@ _PARTITIONS = 3
 
 # The written partition, and whether its time is over. A fresh partition with nothing in it stays: idle costs nothing.
 _DUE = """
-with now_written as (select coalesce(pg_sequence_last_value('cdc.slot'::regclass), 0)::int as slot)
+with now_written as (select cdc.written() as slot)
 select slot,
        pg_relation_size(format('cdc.outbox_%s', slot)::regclass) > $2::int8
        or (clock_timestamp() - rotated_at > $1::float8 * interval '1 hour'
@@ -35,7 +35,7 @@ select exists (
         or exists (select from cdc.outbox_{slot} where xid = any (array(select pg_snapshot_xip(c.position)))))
 """
 _TRUNCATE = "truncate cdc.outbox_{slot}"
-_TURN = "select setval('cdc.slot', $1)"
+_TURN = "create or replace function cdc.written() returns smallint language sql stable return {slot}::smallint"
 _NOTE = "update cdc.rotation set rotated_at = clock_timestamp()"
 
 
@@ -65,7 +65,6 @@ async def _turn(connection: Connection, slot: int) -> bool:
     if (await fetch(connection, _NEEDED.format(slot=slot)))[0][0]:
         return False
     await connection.execute(_TRUNCATE.format(slot=slot))
-    # Seen by writers at once: they wait for this transaction's end, which is the next thing that happens.
-    await fetch(connection, _TURN, slot)
+    await connection.execute(_TURN.format(slot=slot))
     await connection.execute(_NOTE)
     return True

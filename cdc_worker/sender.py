@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -14,6 +15,7 @@ from cdc_worker.deployment import Deployment
 from cdc_worker.documents import Event, Problem
 from cdc_worker.errors import Fenced, FunctionFailed, Misconfigured, Overloaded, Transient
 from cdc_worker.lanes import Lanes
+from cdc_worker.liveness import Liveness
 from cdc_worker.outage import Outage
 from cdc_worker.pace import Pace
 from cdc_worker.parking import Parking
@@ -39,6 +41,7 @@ class _FencedAnswer(TypedDict):
     epoch: float | None
 
 
+KEYS = "the outcome of a batch"
 _DEPLOY = "deploy the convex/ folder of this worker's version"
 _ANSWER: TypeAdapter[_Applied | _FencedAnswer] = TypeAdapter(_Applied | _FencedAnswer)
 
@@ -74,7 +77,9 @@ class Sender:
         batch_bytes: int,
         settled: Callable[[], None],
         tally: Tally,
+        liveness: Liveness,
     ) -> None:
+        self._liveness = liveness
         self._deployment = deployment
         self._lanes = lanes
         self._parking = parking
@@ -90,6 +95,8 @@ class Sender:
         self._under_way = 0
 
     def wake(self) -> None:
+        if self._lanes.keys:
+            self._liveness.works(KEYS)
         self._wake.set()
 
     def stop(self) -> None:
@@ -112,13 +119,14 @@ class Sender:
                 await self._wake.wait()
 
     async def _deliver_whole(self, events: Sequence[Event]) -> None:
-        unfit = {(event.mirror_id, event.key): event.problem for event in events if event.problem is not None}
+        unfit = {event[:2]: event.problem for event in events if event.problem is not None}
         if unfit:
             self._tally.add("parked", len(unfit))
             await self._parking.park(unfit)
         await self._deliver([event for event in events if event.problem is None])
         self._under_way -= 1
         self._lanes.settle(events)
+        self._liveness.moved(KEYS) if self._lanes.keys else self._liveness.rests(KEYS)
         self._wake.set()
         self._settled()
 
@@ -139,6 +147,8 @@ class Sender:
             except Transient as error:
                 unknown = unknown or not isinstance(error, Overloaded)
                 raise
+            finally:
+                self._liveness.moved(KEYS)
 
         try:
             answer = await self._outage.insist(attempt)
@@ -190,23 +200,17 @@ class Sender:
             return
         (event,) = events
         self._tally.add("parked")
-        await self._parking.park({(event.mirror_id, event.key): ("refused", reason)})
+        await self._parking.park({event[:2]: ("refused", reason)})
 
     async def _note(self, events: Sequence[Event], verdicts: Sequence[_Verdict], started: float) -> None:
-        refused: dict[tuple[int, str], Problem] = {}
-        good: list[tuple[int, str]] = []
-        counts: dict[str, int] = {}
-        for event, verdict in zip(events, verdicts, strict=True):
-            key = (event.mirror_id, event.key)
-            if isinstance(verdict, str):
-                good.append(key)
-                counts[verdict] = counts.get(verdict, 0) + 1
-            else:
-                refused[key] = ("rejected", verdict["rejected"])
-                counts["parked"] = counts.get("parked", 0) + 1
+        pairs = list(zip(events, verdicts, strict=True))
+        refused: dict[tuple[int, str], Problem] = {
+            event[:2]: ("rejected", verdict["rejected"]) for event, verdict in pairs if not isinstance(verdict, str)
+        }
+        counts = Counter(verdict if isinstance(verdict, str) else "parked" for verdict in verdicts)
         for verdict_name, keys in counts.items():
             self._tally.add(verdict_name, keys)
         self._tally.batches += 1
         await self._parking.park(refused)
-        await self._parking.settle(good)
+        await self._parking.settle(event[:2] for event, verdict in pairs if isinstance(verdict, str))
         log.debug("batch.applied", keys=len(events), took_ms=round((time.monotonic() - started) * 1000, 1), **counts)

@@ -12,36 +12,40 @@ from cdc_worker.care import Care, heartbeat
 from cdc_worker.checkpoint import Checkpoint, Held
 from cdc_worker.database import GONE, Database
 from cdc_worker.deployment import Deployment
-from cdc_worker.errors import SchemaError
+from cdc_worker.errors import READ_ONLY, SchemaError
 from cdc_worker.lanes import Lanes
 from cdc_worker.listener import Bell, NoBell
 from cdc_worker.liveness import Liveness
 from cdc_worker.mirrors import Mirror
-from cdc_worker.opening import Opened, open_shard
+from cdc_worker.opening import Known, Opened, open_shard
 from cdc_worker.outage import Outage
-from cdc_worker.outbox import Position, ring
+from cdc_worker.outbox import Position, Shard, ring
 from cdc_worker.pace import Pace
 from cdc_worker.parking import Parking
 from cdc_worker.reader import Reader
 from cdc_worker.registry import Registry
-from cdc_worker.sender import Sender, Tally
+from cdc_worker.sender import KEYS, Sender, Tally
 from cdc_worker.settings import Settings
 
 log = structlog.get_logger()
 
-SHARD = "0"
-# While another worker has the lease, one look in so many seconds: how soon a dead one is replaced.
-_STANDBY_SECONDS = 1.0
+# How often a direct connection is tried anew that was out of reach when the session began.
+_BELL_SECONDS = 60.0
 # A checkpoint for each batch would cost a commit each; what is acknowledged and not yet noted is only delivered twice.
 _CHECKPOINT_SECONDS = 0.1
-_RELEASE_SECONDS = 3.0
+# The position of an idle shard moves on with each look; that is worth a commit now and then, for rotation's sake:
+# once in so many heartbeats.
+_UNMOVED_HEARTBEATS = 2
+# What a stop does behind its drain, for a platform that kills 30 s after its signal: noting how far it got, letting go.
+_LAST_SAVE_SECONDS = 2.0
+_RELEASE_SECONDS = 1.0
 # Where the size of a batch starts from; the deployment's answers decide what it becomes.
 _FIRST_BATCH_KEYS = 250
 _CHECKPOINT = "a checkpoint in Postgres"
 
 
 class Session:
-    """One reader of one shard."""
+    """One reader of one shard, whose lease is held."""
 
     def __init__(
         self,
@@ -49,8 +53,10 @@ class Session:
         mirrors: Sequence[Mirror],
         database: Database,
         deployment: Deployment,
+        outage: Outage,
         *,
-        holder: str,
+        shard: Shard,
+        held: Held,
         tally: Tally,
         liveness: Liveness,
         on_open: Callable[[], None],
@@ -59,48 +65,94 @@ class Session:
         self._settings = settings
         self._database = database
         self._deployment = deployment
-        self._checkpoint = Checkpoint(database, SHARD, holder, lease_seconds=settings.lease_seconds)
-        self._outage = Outage(longest_pause_seconds=settings.backoff_seconds, liveness=liveness)
-        self._liveness = liveness
+        self._shard = shard
+        self._held = held
+        self._checkpoint = Checkpoint(database, shard, held, lease_seconds=settings.lease_seconds)
+        self._outage = outage
+        self._liveness = liveness.within(f"shard {shard}")
         self._parking = Parking(database)
         self._registry = Registry(database, mirrors, self._parking)
-        self._care = Care(settings, database, deployment, self._outage, self._registry, config=mirrors)
+        self._mirrors = mirrors
         self._lanes = Lanes()
         self._tally = tally
         self._settled = asyncio.Event()
         self._saved: Position | None = None
-        self._renewed_at = 0.0
+        self._bell: Bell | None = None
+        self._reader: Reader | None = None
+        # LISTEN_DATABASE_URL may come back; a pooler stays a pooler.
+        self._bell_may_come = False
         # When it opened its shard (monotonic): a stop then drains it, rather than to cut it short.
         self.opened_at: float | None = None
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Returns when stopped. Raises (in groups) what ended the session."""
-        bell = await self._open_bell()
+    @property
+    def known(self) -> Known:
+        """What is known of the shard in Postgres; for the next session."""
+        return Known(self._checkpoint.saves, self._reader.position.xmax if self._reader is not None else 0)
+
+    async def run(self, stop: asyncio.Event, *, known: Known) -> None:
+        """Returns when stopped. Raises (in groups) what ended the session.
+
+        `known`: by the sessions of this process before.
+        """
         try:
-            held = await self._lease(bell, stop)
-            if held is not None:
-                await self._registry.load()
-                await self._parking.load()
-                log.info("lease.acquired", shard=SHARD, token=held.token)
-                await self._hold(held, bell, stop)
+            self._bell = await self._open_bell()
+            if self._bell is not None:
+                await self._checkpoint.note_listener(self._bell.pid)
+            await self._registry.load()
+            await self._parking.load()
+            opened = await self._open(stop, known)
+            if opened is not None:
+                await self._work(opened, stop)
         finally:
             self._liveness.rests(_CHECKPOINT)
+            self._liveness.rests(KEYS)
+            await self._let_go()
+
+    async def _let_go(self) -> None:
+        try:
             with contextlib.suppress(*GONE, psycopg.Error):
                 async with asyncio.timeout(_RELEASE_SECONDS):
                     await self._checkpoint.release()
-            if bell is not None:
-                await bell.close()
+                    if self._bell is not None:
+                        await self._bell.end_backend(self._database)
+        finally:
+            if self._bell is not None:
+                await self._bell.close()
+
+    async def _open(self, stop: asyncio.Event, known: Known) -> Opened | None:
+        """The opened shard, or None if a stop came first: Convex may be away for hours."""
+        opening = asyncio.create_task(
+            open_shard(
+                self._database,
+                self._checkpoint,
+                self._deployment,
+                self._outage,
+                shard=self._shard,
+                held=self._held,
+                known=known,
+            )
+        )
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({opening, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            return None if stop.is_set() else await opening
+        finally:
+            opening.cancel()
+            stopped.cancel()
+            await asyncio.gather(opening, stopped, return_exceptions=True)
 
     async def _open_bell(self) -> Bell | None:
-        direct = self._settings.listen_database_url or self._settings.database_url
         try:
-            return await Bell.open(direct.get_secret_value(), lambda: ring(self._database))
+            return await self._make_bell()
+        except psycopg.errors.ReadOnlySqlTransaction:
+            raise SchemaError(READ_ONLY) from None
         except NoBell as error:
             cause = str(error)
         except GONE:
             if self._settings.listen_database_url is None:
                 raise
             cause = "LISTEN_DATABASE_URL is out of reach"
+            self._bell_may_come = True
         log.warning(
             "listen.unavailable",
             cause=cause,
@@ -109,61 +161,53 @@ class Session:
         )
         return None
 
-    async def _lease(self, bell: Bell | None, stop: asyncio.Event) -> Held | None:
-        said = False
-        while not stop.is_set():
-            try:
-                held = await self._checkpoint.acquire(bell.pid if bell is not None else None)
-            except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
-                raise SchemaError("this database has no schema cdc: run `cdc-worker migrate`") from None
-            except psycopg.errors.ReadOnlySqlTransaction:
-                raise SchemaError(
-                    "this database is read-only (a standby?): point DATABASE_URL at the primary"
-                ) from None
-            if held is not None:
-                return held
-            if not said:
-                holder, seconds = await self._checkpoint.holder()
-                log.info("lease.standby", shard=SHARD, holder=holder, expires_in_seconds=round(seconds, 1))
-                said = True
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_STANDBY_SECONDS):
-                    await stop.wait()
-        return None
+    async def _make_bell(self) -> Bell:
+        direct = self._settings.listen_database_url or self._settings.database_url
+        with self._liveness.waits_for("a connection that listens"):
+            return await Bell.open(direct.get_secret_value(), lambda: ring(self._database), alone=self._shard.of == 1)
 
-    async def _hold(self, held: Held, bell: Bell | None, stop: asyncio.Event) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            renewing = tasks.create_task(self._renew())
-            opening = tasks.create_task(
-                open_shard(self._database, self._checkpoint, self._deployment, self._outage, shard=SHARD, held=held)
-            )
-            stopped = tasks.create_task(stop.wait())
-            await asyncio.wait({opening, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            renewing.cancel()
-            if opening.done() and not stop.is_set():
-                await self._work(await opening, bell, stop)
-            opening.cancel()
-            stopped.cancel()
+    async def _wait_for_bell(self, reader: Reader) -> None:
+        """Goes from polling to listening as soon as LISTEN_DATABASE_URL is within reach."""
+        while self._bell_may_come and self._bell is None:
+            await asyncio.sleep(_BELL_SECONDS)
+            with contextlib.suppress(NoBell, *GONE):
+                self._bell = await self._make_bell()
+        if self._bell_may_come and self._bell is not None:
+            reader.listen(self._bell)
+            await self._checkpoint.note_listener(self._bell.pid)
+            log.info("listen.recovered", cure="none needed: changes ring again")
 
-    async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(self._settings.lease_seconds / 3)
-            await self._checkpoint.renew()
-
-    async def _work(self, opened: Opened, bell: Bell | None, stop: asyncio.Event) -> None:
+    async def _work(self, opened: Opened, stop: asyncio.Event) -> None:
         settings = self._settings
-        pace = Pace(keys=_FIRST_BATCH_KEYS, most_keys=settings.batch_keys, most_in_flight=settings.in_flight)
+        pace = Pace(
+            keys=_FIRST_BATCH_KEYS,
+            most_keys=settings.batch_keys,
+            most_in_flight=max(settings.in_flight // settings.shards, 1),
+        )
         sender = Sender(
             self._deployment,
             self._lanes,
             self._parking,
             self._outage,
-            shard=SHARD,
+            shard=self._shard.name,
             epoch=opened.epoch,
             pace=pace,
             batch_bytes=settings.batch_bytes,
             settled=self._settled.set,
             tally=self._tally,
+            liveness=self._liveness,
+        )
+
+        care = Care(
+            settings,
+            self._database,
+            self._deployment,
+            self._outage,
+            self._registry,
+            checkpoint=self._checkpoint,
+            shard=self._shard,
+            epoch=opened.epoch,
+            config=self._mirrors,
         )
 
         def added() -> None:
@@ -171,30 +215,35 @@ class Session:
             if not self._lanes.keys:
                 self._settled.set()  # a page without keys is acknowledged as it is
 
-        reader = Reader(
+        reader = self._reader = Reader(
             self._database,
-            bell,
+            self._bell,
             self._registry.states,
             self._lanes,
             opened.position,
+            shard=self._shard,
             page_rows=settings.page_rows,
             poll_seconds=settings.poll_seconds,
-            rescan=self._care.note_rescans,
+            rescan=care.note_rescans,
             added=added,
             liveness=self._liveness,
         )
         self._on_open()
-        log.info("session.open", shard=SHARD, epoch=opened.epoch, listen=bell is not None)
+        log.info("session.open", shard=str(self._shard), epoch=opened.epoch, listen=self._bell is not None)
         self.opened_at = time.monotonic()
+        if self._shard.of > 1:
+            await ring(self._database)  # the reader before may have died at the gate, with others asleep behind it
         async with asyncio.TaskGroup() as tasks:
             reading = tasks.create_task(reader.run())
             sending = tasks.create_task(sender.run())
             others = [
                 tasks.create_task(self._keep_checkpoint(reader)),
-                tasks.create_task(self._care.run(reader)),
+                tasks.create_task(care.run(reader)),
+                tasks.create_task(self._wait_for_bell(reader)),
                 tasks.create_task(
                     heartbeat(
                         self._database,
+                        self._shard,
                         reader,
                         self._lanes,
                         parking=self._parking,
@@ -207,42 +256,45 @@ class Session:
             await stop.wait()
             self._liveness.rests(_CHECKPOINT)
             started = time.monotonic()
-            log.info("worker.stopping", drain_seconds=settings.drain_seconds, keys_under_way=self._lanes.keys)
+            log.info(
+                "session.stopping",
+                shard=str(self._shard),
+                drain_seconds=settings.drain_seconds,
+                keys_under_way=self._lanes.keys,
+            )
             reader.stop()
             sender.stop()
             await asyncio.wait({reading, sending}, timeout=settings.drain_seconds)
             drained = reading.done() and sending.done()
             for task in (reading, sending, *others):
                 task.cancel()
-        await self._save(reader)
+        async with asyncio.timeout(_LAST_SAVE_SECONDS):
+            await self._save(reader)
         say = log.info if drained else log.warning
         say(
-            "worker.drained" if drained else "worker.drain_timed_out",
+            "session.drained" if drained else "session.drain_timed_out",
+            shard=str(self._shard),
             took_seconds=round(time.monotonic() - started, 2),
             keys_left=self._lanes.keys,
         )
 
     async def _keep_checkpoint(self, reader: Reader) -> None:
-        """After the verdicts, at a measured pace; and often enough to keep the lease."""
+        """After the verdicts, at a measured pace; and now and then of a position that moved on with nothing in it."""
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.lease_seconds / 3):
+                async with asyncio.timeout(self._settings.heartbeat_seconds * _UNMOVED_HEARTBEATS):
                     await self._settled.wait()
             self._settled.clear()
             reader.freed()
-            if not await self._save(reader) and time.monotonic() - self._renewed_at > self._settings.lease_seconds / 4:
-                await self._checkpoint.renew()
-                self._renewed_at = time.monotonic()
+            await self._save(reader)
             self._liveness.moved(_CHECKPOINT)
             await asyncio.sleep(_CHECKPOINT_SECONDS)
 
-    async def _save(self, reader: Reader) -> bool:
-        """Notes how far everything is acknowledged; False if that is no further than before."""
+    async def _save(self, reader: Reader) -> None:
+        """Notes how far everything is acknowledged, if that is further than before."""
         position: Position | None = self._lanes.acknowledged()
         if self._lanes.idle:
             position = reader.position
-        if position is None or position == self._saved:
-            return False
-        await self._checkpoint.save(position)
-        self._saved, self._renewed_at = position, time.monotonic()
-        return True
+        if position is not None and position != self._saved:
+            await self._checkpoint.save(position)
+            self._saved = position

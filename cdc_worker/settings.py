@@ -7,7 +7,16 @@ from urllib.parse import urlsplit
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from cdc_worker.errors import ConfigError
@@ -81,7 +90,9 @@ class Settings(ConvexSettings):
     batch_keys: Annotated[int, Field(validation_alias="CDC_BATCH_KEYS", ge=1, le=500)] = 500
     # A mutation's arguments may have 16 MiB; 1 MiB keeps one well inside its second of JS time.
     batch_bytes: Annotated[int, Field(validation_alias="CDC_BATCH_BYTES", ge=65_536, le=8_388_608)] = 1_048_576
-    # The smallest plan runs 16 mutations at once, and the application wants some of them.
+    # Readers side by side, each with its part of the keys; the same for `migrate` and for every worker.
+    shards: Annotated[int, Field(validation_alias="CDC_SHARDS", ge=1, le=64)] = 1
+    # Of all shards together. The smallest plan runs 16 mutations at once, and the application wants some of them.
     in_flight: Annotated[int, Field(validation_alias="CDC_IN_FLIGHT", ge=1, le=16)] = 12
     # Log rows read in one snapshot.
     page_rows: Annotated[int, Field(validation_alias="CDC_PAGE_ROWS", ge=1, le=10_000)] = 1_000
@@ -99,11 +110,28 @@ class Settings(ConvexSettings):
     partition_bytes: Annotated[int, Field(validation_alias="CDC_PARTITION_BYTES", ge=65_536)] = 268_435_456
     # Between SIGTERM and giving up what is in flight; the platform kills after 30 s.
     drain_seconds: Annotated[float, Field(validation_alias="CDC_DRAIN_SECONDS", ge=0, le=25)] = 10.0
-    # Whoever is at work and comes to no end, good or bad, for so long is stuck: the process exits. Above all
-    # time limits.
+    # Whoever is at work and comes to no end, good or bad, for so long is stuck: the process exits.
     stall_seconds: Annotated[float, Field(validation_alias="CDC_STALL_SECONDS", ge=60, le=7200)] = 600.0
     # Between two lines that say how things stand.
     heartbeat_seconds: Annotated[float, Field(validation_alias="CDC_HEARTBEAT_SECONDS", ge=1, le=3600)] = 60.0
+
+    @field_validator("stall_seconds")
+    @classmethod
+    def _above_every_wait(cls, value: float, info: ValidationInfo) -> float:
+        """Otherwise a wait that is allowed would pass for one without an end."""
+        given = info.data
+        waits = {
+            # A connection of the pool (10 s), two statements, and what their deadline has on top (5 s).
+            "CDC_STATEMENT_SECONDS": 15 + 2 * given.get("statement_seconds", 0.0),
+            # A batch and its probe.
+            "CDC_CONVEX_TIMEOUT_SECONDS": 2 * given.get("convex_timeout_seconds", 0.0),
+            "CDC_BACKOFF_SECONDS": given.get("backoff_seconds", 0.0),
+            "CDC_POLL_SECONDS": given.get("poll_seconds", 0.0),
+        }
+        name = max(waits, key=waits.__getitem__)
+        if value < waits[name]:
+            raise ValueError(f"must be at least {waits[name]:g}, since {name} allows a single wait of so many seconds")
+        return value
 
 
 Loaded = TypeVar("Loaded", bound=ConvexSettings)

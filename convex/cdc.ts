@@ -13,6 +13,9 @@ import { UNVERSIONED, type Version } from "./schema";
 // Each key read is a whole document read, and a query may read 16 MiB.
 const MOST_KEYS = 1000;
 
+// As many as there can be workers; all are looked at when their number changes.
+const MOST_SHARDS = 64;
+
 // A tombstone is there for a ghost: a request that its sender gave up, and that arrives after the delete. The server
 // cuts a request at 300 s, so no ghost is older; a day is that many times over, and outlives a clock that was set.
 const TOMBSTONE_MS = 24 * 60 * 60 * 1000;
@@ -46,24 +49,55 @@ type Verdict = Infer<typeof verdict>;
  * A repeated call takes the next epoch, and says the same of what was before; a late one fences the reader, who opens
  * again. `reader` is fresh for each reader; a deployment that has no identity yet takes the first one's for its own.
  *
- * @throws ConvexError `invalid_argument` for an `atLeast` that is no epoch.
+ * When the number of shards has changed, all that there were are shut: a key may be in another one now, and a late
+ * request of its old one must not come after the new one's.
+ *
+ * @throws ConvexError `invalid_argument` for an `atLeast` that is no epoch, or for less than one shard.
  */
 export const open = internalMutation({
-  args: { shard: v.string(), reader: v.string(), atLeast: v.number() },
-  returns: v.object({ deployment: v.string(), epoch: v.number(), previous: v.union(v.number(), v.null()) }),
-  handler: async (ctx, { shard, reader, atLeast }) => {
+  args: { shard: v.string(), shards: v.number(), reader: v.string(), atLeast: v.number(), saves: v.number() },
+  returns: v.object({
+    deployment: v.string(),
+    epoch: v.number(),
+    previous: v.union(v.number(), v.null()),
+    previousSaves: v.number(),
+  }),
+  handler: async (ctx, { shard, shards, reader, atLeast, saves }) => {
     requireIntegerWithin("atLeast", atLeast, 0, Number.MAX_SAFE_INTEGER - 1);
+    requireIntegerWithin("shards", shards, 1, MOST_SHARDS);
     const counter = await ctx.db.query("cdcCounter").unique();
     const epoch = Math.max(counter?.epoch ?? 0, atLeast) + 1;
     const deployment = counter?.deployment ?? reader;
-    if (counter === null) await ctx.db.insert("cdcCounter", { deployment, epoch });
-    else await ctx.db.patch("cdcCounter", counter._id, { epoch });
+    if (counter === null) await ctx.db.insert("cdcCounter", { deployment, epoch, shards });
+    else await ctx.db.patch("cdcCounter", counter._id, { epoch, shards });
+    if ((counter?.shards ?? 1) !== shards) await shutShards(ctx);
 
     const opened = await findShard(ctx, shard);
-    const previous = opened?.reader === reader ? opened.previous : (opened?.epoch ?? null);
-    if (opened === null) await ctx.db.insert("cdcShards", { shard, epoch, reader, previous });
-    else await ctx.db.patch("cdcShards", opened._id, { epoch, reader, previous });
-    return { deployment, epoch, previous };
+    const again = opened?.reader === reader;
+    const previous = again ? opened.previous : (opened?.epoch ?? null);
+    const previousSaves = (again ? opened.previousSaves : opened?.saves) ?? 0;
+    const row = { shard, epoch, reader, previous, saves, previousSaves };
+    if (opened === null) await ctx.db.insert("cdcShards", row);
+    else await ctx.db.replace("cdcShards", opened._id, row);
+    return { deployment, epoch, previous, previousSaves };
+  },
+});
+
+/**
+ * Notes how often the shard's checkpoint in Postgres was saved, if `epoch` is the shard's, and says what was noted
+ * before; null if another reader has the shard.
+ *
+ * `open` says it to the next reader, who knows by it that Postgres was set back to a backup from within this epoch. The
+ * answer tells this reader the same of the deployment.
+ */
+export const noteSaves = internalMutation({
+  args: { shard: v.string(), epoch: v.number(), saves: v.number() },
+  returns: v.union(v.number(), v.null()),
+  handler: async (ctx, { shard, epoch, saves }): Promise<number | null> => {
+    const opened = await findShard(ctx, shard);
+    if (opened === null || opened.epoch !== epoch) return null;
+    await ctx.db.patch("cdcShards", opened._id, { saves });
+    return opened.saves ?? 0;
   },
 });
 
@@ -160,6 +194,10 @@ function findShard(ctx: MutationCtx, shard: string): Promise<Doc<"cdcShards"> | 
     .query("cdcShards")
     .withIndex("by_shard", (q) => q.eq("shard", shard))
     .unique();
+}
+
+async function shutShards(ctx: MutationCtx): Promise<void> {
+  for (const opened of await ctx.db.query("cdcShards").collect()) await ctx.db.delete("cdcShards", opened._id);
 }
 
 function findTombstone(ctx: MutationCtx, key: string): Promise<Doc<"cdcTombstones"> | null> {

@@ -43,17 +43,20 @@ export default defineSchema({
 
   userStatus: defineTable({ ...statusContent, version }).index("by_user", ["userId"]),
 
-  // One document: which deployment this is, and the highest epoch handed out. Only `open` touches it. A document
-  // that every batch read would make the batches of all shards conflict with each other.
-  cdcCounter: defineTable({ deployment: v.string(), epoch: v.number() }),
+  // One document: which deployment this is, the highest epoch handed out, and into how many shards the keys are divided.
+  // Only `open` touches it. A document that every batch read would make the batches of all shards conflict.
+  cdcCounter: defineTable({ deployment: v.string(), epoch: v.number(), shards: v.optional(v.number()) }),
 
   // The epoch that may write, per shard. A batch reads the row of its own shard and no other.
-  // `previous` is the epoch before this reader came, however often it opened.
+  // `saves` is how often the shard's checkpoint in Postgres was saved, as far as the worker has told. `previous` and
+  // `previousSaves` are what epoch and saves were before this reader came, however often it opened.
   cdcShards: defineTable({
     shard: v.string(),
     epoch: v.number(),
     reader: v.string(),
     previous: v.union(v.number(), v.null()),
+    saves: v.optional(v.number()),
+    previousSaves: v.optional(v.number()),
   }).index("by_shard", ["shard"]),
 
   // What the worker deleted and at which version, so that a late ghost does not bring it back. `at` is the

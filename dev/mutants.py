@@ -59,7 +59,7 @@ _ONCE: Final = """
         await asyncio.sleep(0.02)
         for event in events:
             await self._parking._database.execute(
-                "insert into cdc.outbox (slot, mirror, key) values (0, $1, $2)", event.mirror_id, event.key
+                "insert into cdc.outbox (slot, mirror, key) values (cdc.written(), $1, $2)", event.mirror_id, event.key
             )
         await self._parking._database.execute("select pg_notify('cdc_outbox', '')")
         return {"outcome": "applied", "verdicts": ["stale"] * len(events)}
@@ -79,13 +79,10 @@ MUTANTS: Final = (
             ),
             Change(
                 "cdc_worker/outbox.py",
-                """where xid = any (array(select pg_snapshot_xip($1::pg_snapshot)))
-       and pg_visible_in_snapshot(xid, $2::pg_snapshot)""",
+                "where xid = was_open and pg_visible_in_snapshot(xid, $2::pg_snapshot)",
                 "where false",
             ),
-            Change(
-                "migrations/0001_capture.sql", "generated always as identity (cache 32)", "generated always as identity"
-            ),
+            Change("migrations/0002_cheaper_capture.sql", "increment 64 cache 32", "increment 64"),
         ),
     ),
     Mutant(
@@ -162,24 +159,13 @@ MUTANTS: Final = (
         "no_lease",
         "everybody gets the lease, and whoever had it may still write the checkpoint",
         (
+            Change("migrations/0003_shards.sql", "select holder is null or", "select true or holder is null or"),
+            Change("cdc_worker/allotment.py", "if token != held[shard]:", "if token < held[shard]:"),
+            Change("cdc_worker/checkpoint.py", "        if not rows:", "        if len(rows) > 1:"),
             Change(
                 "cdc_worker/checkpoint.py",
-                "holder is null or expires_at < clock_timestamp()",
-                "true or expires_at < clock_timestamp()",
-            ),
-            Change(
-                "cdc_worker/checkpoint.py",
-                'raise Fenced(f"shard {self._shard} has another reader now")',
-                "return",
-            ),
-            Change(
-                "cdc_worker/checkpoint.py",
-                """where shard = $1 and token = $2 returning 1
-\"\"\"
-_RENEW""",
-                """where shard = $1 and $2::int8 > 0 returning 1
-\"\"\"
-_RENEW""",
+                "where shard = $1 and token = $2 returning saves",
+                "where shard = $1 and $2::int8 > 0 returning saves",
             ),
         ),
         noticed=False,

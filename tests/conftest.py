@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from dev import local_convex as convex
 from dev import pgbouncer as bouncer
 from dev import postgres
+
+# What a machine is busy with beside the tests says nothing about them.
+settings.register_profile("cdc_worker", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("cdc_worker")
 
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
-from dev.bench import draining, living, pictures, report, rivals, stations, writers
+from dev.bench import draining, living, parts, pictures, real_functions, report, rivals, stations, writers
 from dev.bench.results import Bench, Results, Row, machine
 from dev.bench.stage import durable_server
 
@@ -16,11 +16,12 @@ CASES: Final[dict[str, Callable[[Bench, Results], list[Row]]]] = {
     "latency": living.latency,
     "idle": living.idle,
     "writers": writers.writers,
+    "capture": parts.parts,
     "held": draining.held,
     "coalescing": draining.coalescing,
     "distance": draining.distance,
     "peers": rivals.peers,
-    "local": draining.local,
+    "local": real_functions.local,
     "profile": stations.profile,
 }
 # A smoke run installs nothing.

@@ -1,16 +1,14 @@
-"""Cases that drain a backlog: its size, a held snapshot, coalescing, a distant deployment, the local Convex."""
+"""Cases that drain a backlog: its size, a held snapshot, coalescing, a distant deployment."""
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import psycopg
 
-from dev import local_convex
+from dev.bench import real_functions
 from dev.bench.results import Bench, Results, Row, median
 from dev.bench.stage import Cost, Stage, stage
 from dev.bench.wire import Wire
@@ -90,8 +88,12 @@ def drain(
     )
 
 
+# Larger ones would only measure Node for minutes.
+_MOST_LOCAL_KEYS = 200_000
+
+
 def backlogs(bench: Bench, results: Results) -> list[Row]:
-    """Case 1: backlogs of three sizes with the default settings, and the best batch size."""
+    """Case 1: backlogs of three sizes with the default settings, to the sink and to the local Convex; batch sizes."""
     rows: list[Row] = []
     with stage(bench.server) as on:
         for keys, times in ((20_000, 5), (200_000, 3), (1_000_000, 1)) if not bench.quick else ((2_000, 1),):
@@ -100,6 +102,8 @@ def backlogs(bench: Bench, results: Results) -> list[Row]:
                 on.add(keys)
                 done.append(drain(on, keys))
             rows.append(_middle(done).row(f"{keys:,} keys"))
+            if keys <= _MOST_LOCAL_KEYS:
+                rows[-1]["local_keys_per_second"] = real_functions.rate(bench, keys)
         for batch in () if bench.quick else (100, 500):
             done = []
             for _ in range(3):
@@ -173,7 +177,7 @@ def coalescing(bench: Bench, results: Results) -> list[Row]:
         pause = 0.0
         for what in ("as a backlog", "while it runs"):
             on.sink.control()
-            log_before = on.one("select count(*) from cdc.outbox")
+            log_before = on.one("select count(*) from cdc.dirty_key")
             with contextlib.ExitStack() as stack:
                 if pause:
                     stack.enter_context(on.worker())
@@ -186,7 +190,7 @@ def coalescing(bench: Bench, results: Results) -> list[Row]:
                         f"{what} {number}",
                     )
                 took = time.monotonic() - begun
-                logged = on.one("select count(*) from cdc.outbox") - log_before
+                logged = on.one("select count(*) from cdc.dirty_key") - log_before
                 if not pause:
                     stack.enter_context(on.worker())
                 begun = time.monotonic()
@@ -252,47 +256,3 @@ def _buckets(done: Drained, width: float = 0.25) -> list[list[float]]:
         ]
         for number, lines in sorted(buckets.items())
     ]
-
-
-def local(bench: Bench, results: Results) -> list[Row]:
-    """The local Convex instead of the sink: a first drain, and one when it holds 100,000 documents."""
-    del results
-    rows: list[Row] = []
-    few, many = bench.size(5_000, 300), bench.size(95_000, 0)
-    with stage(bench.server, captured=False) as on, local_convex.start() as convex:
-        on.migrate()
-        settings = {"CONVEX_URL": convex.url, "CONVEX_DEPLOY_KEY": convex.admin_key, "LOG_LEVEL": "DEBUG"}
-        seen, expected = 0, 0
-        with on.worker(settings):
-            on.until("select not exists (select from cdc.backfill where phase <> 'done')")
-            for what, keys in (("documents from 0 on", few), ("filling it", many), ("documents from 100,000 on", few)):
-                on.add(keys)
-                expected += keys
-                lines = _applied(on, expected, 120.0)
-                batches, seen = lines[seen:], len(lines)
-                if batches:
-                    took = max(at for at, _, _ in batches) - min(at - seconds for at, _, seconds in batches)
-                    done = sum(number for _, number, _ in batches)
-                    rows.append({"what": what, "keys": done, "keys_per_second": done / took})
-    return rows
-
-
-def _applied(on: Stage, keys: int, seconds: float) -> list[tuple[float, int, float]]:
-    """(when, keys, seconds it took) of each batch that the worker's log tells of, once they sum up to `keys`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        lines = []
-        for line in (on.folder / "worker.log").read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError):
-                said = json.loads(line)
-                if said["event"] == "batch.applied":
-                    lines.append(
-                        (
-                            datetime.fromisoformat(said["timestamp"]).timestamp(),
-                            int(said["applied"]),
-                            float(said["took_ms"]) / 1e3,
-                        )
-                    )
-        if sum(number for _, number, _ in lines) >= keys or time.monotonic() > deadline:
-            return lines
-        time.sleep(0.5)

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -76,6 +76,11 @@ def percentile(values: Iterable[float], share: float) -> float:
     if not ordered:
         return float("nan")
     return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
+
+
+def middle(rows: Sequence[Row], column: str) -> Row:
+    """The row whose value in that column is the median."""
+    return sorted(rows, key=lambda row: float(row[column]))[len(rows) // 2]
 
 
 def median(values: Iterable[float]) -> float:

@@ -16,8 +16,8 @@ from dev import postgres
 from dev.bench import meter, sink
 from dev.bench.draining import drain
 from dev.bench.peers.payload import events
-from dev.bench.results import Bench, Results, Row
-from dev.bench.stage import ROOT, stage
+from dev.bench.results import Bench, Results, Row, middle
+from dev.bench.stage import ROOT, Stage, stage
 from dev.local_convex import node
 from dev.processes import Process
 
@@ -40,28 +40,32 @@ OURS: Final = "cdc_worker"
 def peers(bench: Bench, results: Results) -> list[Row]:
     del results
     jobs, seconds = bench.size(20_000, 200), bench.size(8, 2)
-    rows: list[Row] = []
+    theirs: list[Row] = []
+    ours: list[Row] = []
     with stage(bench.server) as on:
-        on.add(jobs)
-        done = drain(on, jobs)
-        rows.append(
-            {
-                "what": OURS,
-                "jobs": done.keys,
-                "jobs_per_second": done.rate,
-                "cpu_us_per_job": done.cost.worker_seconds / done.keys * 1e6,
-                "requests": done.requests,
-            }
-        )
-    for what, argv in _programs(bench.say):
-        try:
-            rows.append(_measure(bench, what, argv, jobs, seconds))
-        except (subprocess.SubprocessError, OSError, LookupError) as error:
-            bench.say(f"{what} could not be measured: {error}")
-    ours = rows[0]["jobs_per_second"]
+        for what, argv in _programs(bench.say):
+            # Ours before each of theirs, so that a noisy minute is in both.
+            ours.append(_ours(on, jobs))
+            try:
+                theirs.append(_measure(bench, what, argv, jobs, seconds))
+            except (subprocess.SubprocessError, OSError, LookupError) as error:
+                bench.say(f"{what} could not be measured: {error}")
+        rows = [middle(ours or [_ours(on, jobs)], "jobs_per_second"), *theirs]
     for row in rows:
-        row["ours_is_times"] = ours / row["jobs_per_second"] if row["jobs_per_second"] else float("nan")
+        row["ours_is_times"] = rows[0]["jobs_per_second"] / (row["jobs_per_second"] or float("nan"))
     return rows
+
+
+def _ours(on: Stage, jobs: int) -> Row:
+    on.add(jobs)
+    done = drain(on, jobs)
+    return {
+        "what": OURS,
+        "jobs": done.keys,
+        "jobs_per_second": done.rate,
+        "cpu_us_per_job": done.cost.worker_seconds / done.keys * 1e6,
+        "requests": done.requests,
+    }
 
 
 def _measure(bench: Bench, what: str, argv: Sequence[str | Path], jobs: int, seconds: float) -> Row:

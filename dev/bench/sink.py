@@ -159,6 +159,8 @@ class _Server:
             if not self.options.hold_open:
                 self._let_through()
             self._tell()
+        elif b'"cdc:noteSaves"' in body[:80]:
+            write(_success(None))
         else:
             write(_success([]))  # cdc:keys: it holds no documents
 
@@ -201,7 +203,8 @@ class _Server:
         self._epoch = max(self._epoch, int(args["atLeast"])) + 1
         self._shards[args["shard"]] = self._epoch
         epoch = None if previous is None else float(previous)
-        return _success({"deployment": "bench", "epoch": float(self._epoch), "previous": epoch})
+        answer = {"deployment": "bench", "epoch": float(self._epoch), "previous": epoch, "previousSaves": 0.0}
+        return _success(answer)
 
     def _let_through(self) -> None:
         self.counts.released_at = time.monotonic()

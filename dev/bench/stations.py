@@ -30,9 +30,9 @@ _FUNCTIONS: Final = {
 }
 _FILES: Final = {
     "late_read.py": "fetch the rows",
-    "safe_json.py": "parse metadata",
+    "keys.py": "fetch the rows",
+    "safe_json.py": "make metadata safe",
     "documents.py": "build events",
-    "keys.py": "build events",
     "lanes.py": "lanes",
     "sender.py": "settle verdicts",
     "parking.py": "settle verdicts",
@@ -40,6 +40,7 @@ _FILES: Final = {
     "outbox.py": "look for work",
     "listener.py": "look for work",
     "reader.py": "transactions of pages",
+    "__main__.py": "",
     "database.py": "",
     "worker.py": "",
     "session.py": "",

@@ -59,7 +59,7 @@ class Point:
 
 
 POINTS: Final[dict[str, Point]] = {
-    "lease taken": Point("checkpoint", "Checkpoint.acquire", "after", _gone),
+    "lease taken": Point("allotment", "Allotment.acquire", "after", _gone),
     "epoch known, not noted": Point("checkpoint", "Checkpoint.note_epoch", "before", _gone),
     "epoch noted": Point("checkpoint", "Checkpoint.note_epoch", "after", _gone),
     "page to be read": Point("late_read", "LateReader.read", "before", _gone),

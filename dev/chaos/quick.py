@@ -17,7 +17,8 @@ CONSTANTS: Final = {
     "listener._ECHO_SECONDS": 0.5,
     "reader.MOST_WAITING_KEYS": 8,
     "reader._LOOKOUT_SECONDS": 0.5,
-    "session._STANDBY_SECONDS": 0.1,
+    "session._UNMOVED_HEARTBEATS": 0.2,
+    "shards._STANDBY_SECONDS": 0.1,
 }
 
 

@@ -20,6 +20,7 @@ SETTINGS: Final[Mapping[str, str]] = {
     "CDC_LEASE_SECONDS": "3",
     "CDC_DRAIN_SECONDS": "0.3",
     "CDC_STATEMENT_SECONDS": "1",
+    "CDC_HEARTBEAT_SECONDS": "1",
     "LOG_FORMAT": "json",
     "LOG_LEVEL": "DEBUG",
 }

@@ -181,7 +181,7 @@ class World:
         )
         config = folder / "cdc_worker.toml"
         config.write_text(application.MIRRORS)
-        await migrate(self._postgres.dsn, load_mirrors(config))
+        await migrate(self._postgres.dsn, load_mirrors(config), shards=self._shards)
         return config
 
     async def _expire_leases(self) -> None:

@@ -4,8 +4,8 @@ import { type Deployment, newDeployment, refusal, theOnly } from "./deployment";
 
 let readers = 0;
 
-function open(t: Deployment, { shard = "a", reader = `r${++readers}`, atLeast = 0 } = {}) {
-  return t.mutation(internal.cdc.open, { shard, reader, atLeast });
+function open(t: Deployment, { shard = "a", shards = 2, reader = `r${++readers}`, atLeast = 0, saves = 0 } = {}) {
+  return t.mutation(internal.cdc.open, { shard, shards, reader, atLeast, saves });
 }
 
 test("a deployment takes its identity from its first reader, and keeps it", async () => {
@@ -43,6 +43,36 @@ test("a reader that repeats its call gets a new epoch, and hears the same of wha
   expect(await open(t, { reader: "again" })).toMatchObject({ epoch: 2, previous: 1 });
   expect(await open(t, { reader: "again" })).toMatchObject({ epoch: 3, previous: 1 });
   expect(await open(t)).toMatchObject({ epoch: 4, previous: 3 });
+});
+
+test("what the reader before had saved is told to the next one, and to no other shard's", async () => {
+  const t = newDeployment();
+  const { epoch } = await open(t, { saves: 3 });
+  await open(t, { shard: "b", saves: 90 });
+  expect(await open(t, { reader: "next", saves: 4 })).toMatchObject({ previousSaves: 3 });
+  expect(await open(t, { reader: "next", saves: 4 })).toMatchObject({ previousSaves: 3 });
+  const note = (epoch: number, saves: number) => t.mutation(internal.cdc.noteSaves, { shard: "a", epoch, saves });
+  expect(await note(epoch, 80)).toBeNull(); // a reader that was replaced
+  expect(await open(t)).toMatchObject({ previousSaves: 4 });
+  expect(await note(5, 7)).toBe(0);
+  expect(await note(5, 7)).toBe(7);
+  expect(await open(t)).toMatchObject({ previousSaves: 7, epoch: 6 });
+});
+
+test("another number of shards shuts all that there were", async () => {
+  const t = newDeployment();
+  const first = await open(t, { shard: "a", shards: 1 });
+  const probe = (shard: string, epoch: number) => t.mutation(internal.cdc.apply, { shard, epoch, events: [] });
+  expect(await probe("a", first.epoch)).toMatchObject({ outcome: "applied" });
+  const second = await open(t, { shard: "b", shards: 2 });
+  expect(await probe("a", first.epoch)).toEqual({ outcome: "fenced", epoch: null });
+  expect(await probe("b", second.epoch)).toMatchObject({ outcome: "applied" });
+  expect(await open(t, { shard: "a", shards: 2 })).toMatchObject({ previous: null, previousSaves: 0 });
+  expect(await probe("b", second.epoch)).toMatchObject({ outcome: "applied" });
+});
+
+test.each([0, 65, 1.5])("%d shards are refused", async (shards) => {
+  expect(await refusal(open(newDeployment(), { shards }), "invalid_argument")).toMatch(/^shards must be an integer/);
 });
 
 test.each([-1, 0.5, Number.NaN, Number.POSITIVE_INFINITY, Number.MAX_SAFE_INTEGER])(

@@ -17,7 +17,8 @@ export const USER = "u1";
 
 /** Opens the shard and returns its epoch. */
 export async function openShard(t: Deployment, shard = SHARD): Promise<number> {
-  return (await t.mutation(internal.cdc.open, { shard, reader: crypto.randomUUID(), atLeast: 0 })).epoch;
+  return (await t.mutation(internal.cdc.open, { shard, reader: crypto.randomUUID(), shards: 1, atLeast: 0, saves: 0 }))
+    .epoch;
 }
 
 /** An activity's event as the worker sends it. */

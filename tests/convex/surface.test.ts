@@ -13,6 +13,7 @@ test("everyone may call the two queries, and nothing else", () => {
       "getRecentActivities",
       "getUserStatus",
       "keys",
+      "noteSaves",
       "open",
       "prune",
       "updateUserStatus",

@@ -86,12 +86,12 @@ def rows_of(table: str, *, name: str = "rows", key: Sequence[str] = ("id",), wat
     )
 
 
-def migrate_now(dsn: str, mirrors: Sequence[Mirror]) -> None:
+def migrate_now(dsn: str, mirrors: Sequence[Mirror], *, shards: int = 1) -> None:
     """In a thread with a loop of its own, so that any test may call it."""
 
     async def work() -> None:
         async with asyncio.timeout(30):
-            await migrate(dsn, mirrors)
+            await migrate(dsn, mirrors, shards=shards)
 
     with ThreadPoolExecutor(1) as thread:
         thread.submit(lambda: asyncio.run(work())).result()
@@ -123,19 +123,21 @@ class Database:
         ((value,),) = self.execute(statement, *params)
         return value
 
-    def migrate(self, mirrors: Sequence[Mirror]) -> None:
-        migrate_now(self.dsn, mirrors)
+    def migrate(self, mirrors: Sequence[Mirror], *, shards: int = 1) -> None:
+        migrate_now(self.dsn, mirrors, shards=shards)
 
     def captured(self) -> list[str | None]:
         """The keys that were captured since the last call, in order; None asks for a rescan."""
         taken = self.execute(
-            "with taken as (delete from cdc.outbox returning id, key) select key from taken order by id"
+            "with taken as (delete from cdc.outbox returning id, coalesce(keys, array[key]) as keys)"
+            " select k.key from taken, unnest(keys) with ordinality as k (key, place) order by id, place"
         )
         return [key for (key,) in taken]
 
     def captured_by_mirror(self) -> list[tuple[str, str | None]]:
         taken = self.execute(
-            "with taken as (delete from cdc.outbox returning id, mirror, key)"
-            " select m.name, t.key from taken t join cdc.mirror m on m.id = t.mirror order by m.name, t.key"
+            "with taken as (delete from cdc.outbox returning mirror, coalesce(keys, array[key]) as keys)"
+            " select m.name, k.key from taken join cdc.mirror m on m.id = mirror, unnest(keys) as k (key)"
+            " order by m.name, k.key"
         )
         return cast("list[tuple[str, str | None]]", taken)

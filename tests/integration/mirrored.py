@@ -39,6 +39,10 @@ class Mirrored:
         assert isinstance(found, list)
         return found
 
+    def note_saves(self, shard: str, epoch: int, saves: int) -> None:
+        """As the worker notes them."""
+        self._client.mutation("cdc:noteSaves", {"shard": shard, "epoch": epoch, "saves": saves})
+
     def count(self, mirror: str, target: str = "activity", *, page: int = 1000) -> int:
         """How many keys there are, counted page by page; large documents need small pages."""
         counted, after = 0, None

@@ -151,12 +151,17 @@ def environment(dsn: str, convex: LocalConvex | None, config: Path, **given: Any
 
 @contextmanager
 def child(
-    folder: Path, env: Mapping[str, str], *words: str, mirrors: Sequence[Mirror] | None = None, name: str = "worker"
+    folder: Path,
+    env: Mapping[str, str],
+    *words: str,
+    mirrors: Sequence[Mirror] | None = None,
+    name: str = "worker",
+    program: Sequence[str] = ("-m", "cdc_worker"),
 ) -> Iterator[Child]:
     """A command of the worker's, `run` by default. Killed on leaving, if it still runs."""
     if mirrors is not None:
         Path(env["CDC_CONFIG"]).write_text(toml(mirrors))
-    argv = [sys.executable, "-m", "cdc_worker", *(words or ("run",))]
+    argv = [sys.executable, *program, *(words or ("run",))]
     stdout, stderr = (folder / f"{name}.{stream}" for stream in ("out", "err"))
     with Process(argv, stdout=stdout, stderr=stderr, env=env, cwd=ROOT, ladder=((signal.SIGTERM, 5.0),)) as process:
         yield Child(process)

@@ -525,3 +525,89 @@ def test_writers_go_on_while_triggers_come_and_go(db: Database) -> None:
         stop.set()
         thread.join(10)
     assert failed == []
+
+
+# From the log of version 0.1.0 to this one.
+
+
+@pytest.fixture
+def old(db: Database) -> Database:
+    """As 0.1.0 left it, with triggers on `t` and a key that was not delivered."""
+    first = migrating.load_migrations()[0]
+    db.execute(T)
+    db.execute("create schema cdc")
+    db.execute("create table cdc.migration (number int primary key, name text, checksum text, applied_at timestamptz)")
+    db.execute(first.text)
+    db.execute("insert into cdc.migration values (1, %s, %s, now())", first.name, first.checksum)
+    db.execute("insert into cdc.mirror (name, definition) values ('rows', %s)", rows_of("t").definition)
+    db.execute(Path(__file__).with_name("capture_0001.sql").read_text())
+    db.execute("insert into t values ('undelivered')")
+    return db
+
+
+def test_old_triggers_write_to_the_new_log_until_they_are_replaced(old: Database) -> None:
+    old.execute(migrating.load_migrations()[1].text)
+    old.execute("insert into t values ('a'); update t set note = 'x' where id = 'a'; delete from t where id = 'a'")
+    assert old.captured() == ["undelivered", "a", "a", "a"]
+    # The log was turned meanwhile.
+    old.execute("select setval('cdc.slot', 2); insert into t values ('b')")
+    assert old.execute("select slot, key from cdc.outbox") == [(2, "b")]
+
+
+def test_the_log_goes_on_in_the_partition_where_it_was(old: Database) -> None:
+    old.execute("select setval('cdc.slot', 2)")
+    old.migrate([rows_of("t")])
+    old.captured()
+    old.execute("insert into t values ('a'); insert into t select n::text from generate_series(1, 20) as n")
+    assert old.execute("select distinct slot from cdc.outbox") == [(2,)]
+
+
+def test_an_upgrade_beside_writers_loses_nothing_and_fails_none(old: Database) -> None:
+    stop = threading.Event()
+    written: list[list[str]] = [[], [], []]
+    failed: list[BaseException] = []
+
+    def write(number: int) -> None:
+        try:
+            with psycopg.connect(old.dsn) as connection:
+                for n in range(1_000_000):
+                    key = f"{number}-{n}"
+                    # By turns one row, several in one transaction, and many in one statement.
+                    connection.execute("insert into t values (%s)", (key,))
+                    if n % 3 == 1:
+                        connection.execute("update t set note = 'x' where id = %s", (key,))
+                    if n % 3 == 2:
+                        connection.execute("insert into t select %s || '-' || n from generate_series(1, 20) n", (key,))
+                    connection.commit()
+                    written[number] += [key, *(f"{key}-{each}" for each in range(1, 21) if n % 3 == 2)]
+                    if stop.is_set():
+                        return
+        except psycopg.Error as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(len(written))]
+    for thread in threads:
+        thread.start()
+    try:
+        with psycopg.connect(old.dsn) as long:
+            long.execute("insert into t values ('long')")
+            with migrating_aside(old.dsn, [rows_of("t")]) as busy:
+                asks = "select count(*) from pg_locks where not granted and mode = 'AccessExclusiveLock'"
+                wait_until(lambda: old.one(asks))
+                so_far = len(written[0])
+                wait_until(lambda: len(written[0]) > so_far + 10 or failed)
+                assert busy()
+                long.execute("insert into t values ('longer')")
+                long.commit()
+        so_far = len(written[0])
+        wait_until(lambda: len(written[0]) > so_far + 50 or failed)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(10)
+    assert failed == []
+    keys = {key for (key,) in old.execute("select key from cdc.dirty_key")}
+    assert keys == {"undelivered", "long", "longer", *(key for each in written for key in each)}
+    assert old.one("select count(*) from cdc.outbox where keys is not null") > 0
+    # Nobody was without triggers for a moment: no rescan.
+    assert old.execute("select reason from cdc.backfill") == []

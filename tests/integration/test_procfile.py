@@ -60,7 +60,7 @@ def test_release_then_worker(database: str, fresh_convex: convex.LocalConvex, tm
             worker.wait(15)
             assert time.monotonic() - started < 10
             text = worker.stdout.read_text()
-        for event in ("session.open", "worker.stop_requested", "worker.drained", "worker.stopped"):
+        for event in ("session.open", "worker.stop_requested", "session.drained", "worker.stopped"):
             assert f'"event": "{event}"' in text, text
         assert "worker.1 stopped" in text  # the code is the shell's in between, which the same signal ends
         assert db.one("select holder is null from cdc.checkpoint") is True

@@ -29,7 +29,7 @@ async def turn(pool: Pool) -> bool:
 
 
 def slot(db: Database) -> int:
-    return int(db.one("select pg_sequence_last_value('cdc.slot')"))
+    return int(db.one("select cdc.written()"))
 
 
 def written(db: Database) -> list[int]:

@@ -718,7 +718,7 @@ async def test_a_stopped_worker_lets_go_of_the_lease(db: Database, work: Work) -
         assert db.one("select holder is not null from cdc.checkpoint") is True
         await running.stop()
         assert db.one("select holder is null from cdc.checkpoint") is True
-        assert running.log.events[-2:] == ["worker.drained", "worker.stopped"]
+        assert running.log.events[-2:] == ["session.drained", "worker.stopped"]
 
 
 async def test_a_stop_while_convex_hangs_ends_with_the_drain_time(
@@ -732,7 +732,7 @@ async def test_a_stop_while_convex_hangs_ends_with_the_drain_time(
         await asyncio.sleep(0.2)
         async with asyncio.timeout(3):
             await running.stop()
-        assert running.log.of("worker.drain_timed_out")[0]["keys_left"] == 1
+        assert running.log.of("session.drain_timed_out")[0]["keys_left"] == 1
         fresh_convex.process.signal(signal.SIGCONT)
     mirrored = Mirrored(fresh_convex.url, fresh_convex.admin_key)
     async with worker_at_work(quick_settings(db.dsn, fresh_convex), mirrors):

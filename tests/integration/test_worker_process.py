@@ -61,7 +61,7 @@ def test_sigterm_ends_it_in_order(
     db: Database, local_convex: convex.LocalConvex, mirrored: Mirrored, config: Path, user: str
 ) -> None:
     with child(config.parent, environment(db.dsn, local_convex, config), mirrors=MIRRORS) as worker:
-        worker.said("session.open")
+        worker.said("backfill.done", times=len(MIRRORS))
         check_in(db, user, "1")
         until(lambda: len(mirrored.activities(user)), 1)
         started = time.monotonic()
@@ -70,7 +70,7 @@ def test_sigterm_ends_it_in_order(
         assert time.monotonic() - started < 5
         events = [line["event"] for line in worker.lines]
         first = events.index("worker.stop_requested")
-        assert events[first:] == ["worker.stop_requested", "worker.stopping", "worker.drained", "worker.stopped"]
+        assert events[first:] == ["worker.stop_requested", "session.stopping", "session.drained", "worker.stopped"]
         assert worker.process.stdout.read_text() == ""
     assert db.one("select holder is null from cdc.checkpoint") is True
 
@@ -85,7 +85,7 @@ def test_a_second_signal_ends_it_at_once(
         check_in(db, user, "1")
         until(lambda: "keys_under_way" in worker.said("worker.heartbeat"), expected=True)
         worker.term()
-        worker.said("worker.stopping")
+        worker.said("session.stopping")
         started = time.monotonic()
         worker.process.signal(signal.SIGINT)
         assert worker.process.wait(5) == 1
@@ -110,9 +110,9 @@ def test_a_second_worker_stands_by_and_takes_over(  # noqa: PLR0917  # fixtures
         leader.process.signal(how)
         started = time.monotonic()
         check_in(db, user, "2")
-        standby.said("session.open")
+        standby.said("lease.acquired")
         # Long before the lease would have run out.
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 2
         until(lambda: len(mirrored.activities(user)), 2)
 
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cdc_worker import database, session, shards
 from cdc_worker.errors import ConfigError
 from cdc_worker.settings import Settings, load_settings
 
@@ -32,6 +33,15 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.log_level == "INFO"
     # What is read in one run must be noted well before the platform kills.
     assert settings.drain_seconds < 25
+
+
+def test_the_longest_stop_is_over_before_the_platform_kills(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Heroku waits 30 s. All that comes behind the drain has a deadline (test_links.py shows that they hold).
+    longest = load(monkeypatch, CDC_DRAIN_SECONDS="25").drain_seconds
+    assert session._LAST_SAVE_SECONDS + session._RELEASE_SECONDS <= shards._ENDING_SECONDS
+    behind = 2 * shards._LAST_WORD_SECONDS + database._CLOSE_SECONDS
+    assert longest + shards._ENDING_SECONDS + behind < 30
+    assert shards._CUT_SHORT_SECONDS + session._RELEASE_SECONDS + behind < 30
 
 
 def test_a_missing_database_is_named() -> None:
@@ -78,6 +88,7 @@ BOUNDS = [
     ("CDC_STATEMENT_SECONDS", "-1", "greater than or equal to 0.1"),
     ("CDC_DRAIN_SECONDS", "26", "less than or equal to 25"),
     ("CDC_HEARTBEAT_SECONDS", "0", "greater than or equal to 1"),
+    ("CDC_STALL_SECONDS", "59", "greater than or equal to 60"),
     ("LOG_LEVEL", "LOUD", "'DEBUG', 'INFO', 'WARNING' or 'ERROR'"),
     ("LOG_FORMAT", "xml", "'console' or 'json'"),
     ("CONVEX_URL", "a.convex.cloud", "must be an address like https://"),
@@ -96,6 +107,24 @@ def test_a_refusal_names_setting_bound_and_value(
     if not name.startswith("NEXT_"):
         assert line.startswith(f"{name}: ")
     assert value in line
+
+
+WAITS = {
+    "CDC_STATEMENT_SECONDS": ("600", "must be at least 1215, since CDC_STATEMENT_SECONDS allows"),
+    "CDC_CONVEX_TIMEOUT_SECONDS": ("300", "must be at least 600, since CDC_CONVEX_TIMEOUT_SECONDS allows"),
+    "CDC_BACKOFF_SECONDS": ("300", "must be at least 300, since CDC_BACKOFF_SECONDS allows"),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_wait_that_is_allowed_is_no_stall(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    value, words = WAITS[name]
+    with pytest.raises(ConfigError, match=words):
+        load(monkeypatch, CDC_STALL_SECONDS="299", **{name: value})
+    # Least of all with the least of it, and all others as they are.
+    assert load(monkeypatch, CDC_STALL_SECONDS="7200", **{name: value}).stall_seconds == 7200
+    monkeypatch.delenv(name)
+    assert load(monkeypatch, CDC_STALL_SECONDS="60").stall_seconds == 60
 
 
 def test_all_refusals_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,46 @@
+"""Troubles that end a session: each is said when it begins and then seldom, and has its pause."""
+
+import random
+import time
+
+import structlog
+
+log = structlog.get_logger()
+
+_REMINDER_SECONDS = 300.0
+_FIRST_PAUSE_SECONDS = 0.2
+
+
+class Troubles:
+    """Backoff between tries, of all sessions of a process: mostly it is the same database that is away."""
+
+    def __init__(self, longest_seconds: float) -> None:
+        self._longest = longest_seconds
+        self._said: tuple[str, float] | None = None
+        self._since = 0.0
+        self._tries = 0
+
+    def note(self, name: str, cause: str) -> float:
+        """Says it if it is new; returns the pause in seconds, with full jitter."""
+        now = time.monotonic()
+        if self._tries == 0:
+            self._since = now
+        self._tries += 1
+        if self._said is None or self._said[0] != name or now - self._said[1] > _REMINDER_SECONDS:
+            self._said = (name, now)
+            log.error(
+                name,
+                cause=cause,
+                tries=self._tries,
+                since_seconds=round(now - self._since),
+                cure="nothing is lost; trying on",
+            )
+        return random.uniform(0.05, min(self._longest, _FIRST_PAUSE_SECONDS * 2.0 ** min(self._tries, 16)))  # noqa: S311
+
+    def say_recovered(self) -> None:
+        if self._tries:
+            log.info("database.recovered", tries=self._tries, after_seconds=round(time.monotonic() - self._since, 1))
+            self._said = None
+
+    def over(self) -> None:
+        self._said, self._tries = None, 0

@@ -1,0 +1,169 @@
+"""Case 4b: what each part of capture costs: processor time of one backend, without client, network and disk."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import psycopg
+
+from cdc_worker.capture import Feed, create_function, create_trigger, function_body
+from cdc_worker.mirrors import Source
+from dev.bench.results import Bench, Results, Row
+from dev.bench.stage import ROWS, Stage, stage
+
+_EVENTS: Final = ("insert", "update", "delete")
+
+# Statements of one row in a loop in the server, together in one transaction or each in its own.
+_LOOP: Final = """
+create procedure {table}_loop(what text, first bigint, count int, each boolean) language plpgsql as $$
+begin
+    for i in first + 1 .. first + count loop
+        if what = 'insert' then
+            insert into {table} values
+                (i, 'user-' || mod(i, 2000), 'check-in', 'Feeling well', '{{"score": 7}}', now());
+        else
+            update {table} set note = 'Note ' || i || first where id = i;
+        end if;
+        if each then commit; end if;
+    end loop;
+end $$
+"""
+_NOTHING: Final = "begin return null; end"
+_ONLY_THE_KEY: Final = """
+begin
+    if tg_op = 'DELETE' then insert into cdc.outbox_0 (mirror, key) select 1, cdc_old.id::text from cdc_old;
+    else insert into cdc.outbox_0 (mirror, key) select 1, cdc_new.id::text from cdc_new;
+    end if;
+    return null;
+end
+"""
+_GUARD: Final = """
+begin
+    begin
+        if tg_op = 'DELETE' then perform cdc_old.id from cdc_old limit 0;
+        else perform cdc_new.id from cdc_new limit 0;
+        end if;
+    exception when others then return null;
+    end;
+    if tg_op"""
+
+
+class Misfit(Exception):
+    """Capture has no such part any more."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A table whose triggers are as capture makes them, but for one thing."""
+
+    what: str
+    # The function's body, from capture's; None: no triggers at all.
+    body: Callable[[str], str] | None = lambda body: body
+    # Beforehand and afterwards; `{function}` is the function.
+    before: str = ""
+    after: str = ""
+
+
+def _put(pattern: str, instead: str) -> Callable[[str], str]:
+    def change(body: str) -> str:
+        changed, times = re.subn(pattern, instead, body, flags=re.DOTALL)
+        if times == 0:
+            raise Misfit(pattern)
+        return changed
+
+    return change
+
+
+_PARTS: Final = (
+    Part("the table without triggers", None),
+    Part("a trigger that does nothing", lambda _: _NOTHING),
+    Part("a trigger that only writes the key", lambda _: _ONLY_THE_KEY),
+    Part("**capture as it is**"),
+    Part("without the doorbell", _put(r"and not pg_catalog\.pg_try_advisory_xact_lock_shared\([^)]*\)", "and false")),
+    Part(
+        "without asking which partition is written",
+        _put(r"if cdc\.written\(\) operator\(pg_catalog\.=\) 0 then(.*?)elsif cdc\.written.*?end if;", r"\1"),
+    ),
+    Part(
+        "without the index on the log",
+        _put(r"cdc\.outbox_0", "cdc.part_bare"),
+        "create table cdc.part_bare (like cdc.outbox_0 including defaults)",
+    ),
+    Part(
+        "without the column `at`",
+        _put(r"cdc\.outbox_0", "cdc.part_timeless"),
+        "create table cdc.part_timeless (like cdc.outbox_0 including defaults including indexes);"
+        " alter table cdc.part_timeless drop column at",
+    ),
+    Part(
+        "with a partition that Postgres finds",
+        _put(r"cdc\.outbox_0", "cdc.outbox"),
+        "alter table cdc.outbox alter slot set default 0",
+    ),
+    Part("with `set search_path`", after="alter function {function} set search_path = pg_catalog, pg_temp"),
+    Part("with a block that finds columns gone", _put(r"\nbegin\n    if tg_op", _GUARD)),
+)
+
+
+def parts(bench: Bench, results: Results) -> list[Row]:
+    del results
+    with stage(bench.server) as on, psycopg.connect(on.socket_dsn, autocommit=True) as backend:
+        # The commits' own work, but not the wait for the disk.
+        backend.execute("set synchronous_commit = off")
+        tables = {part: f"bench_part_{number}" for number, part in enumerate(_PARTS)}
+        for part, table in tables.items():
+            _make(on, part, table)
+        took: dict[Part, dict[str, list[float]]] = {part: {} for part in tables}
+        single, bulk = bench.size(5_000, 100), bench.size(10_000, 300)
+        on.execute("create unlogged table bench_stock (like bench_plain)")
+        on.execute(f"insert into bench_stock {ROWS} from generate_series(1, {bulk}) as i")
+        for number in range(bench.size(8, 1)):
+            first = number * 10 * bulk
+            for part, table in tables.items():
+                for column, statement, count in _work(table, first, single, bulk):
+                    began = _cpu_seconds(backend)
+                    backend.execute(statement.encode())
+                    took[part].setdefault(column, []).append((_cpu_seconds(backend) - began) * 1e6 / count)
+        # The least: whatever else the machine does only adds to it.
+        return [
+            {"what": part.what} | {column: min(each) for column, each in columns.items()}
+            for part, columns in took.items()
+        ]
+
+
+def _work(table: str, first: int, single: int, bulk: int) -> list[tuple[str, str, int]]:
+    """By column: a statement, and how many rows it concerns."""
+    many = first + 5 * bulk
+    place = f"id > {many} and id <= {many + bulk}"
+    columns = "user_id, kind, note, details, created_at"
+    return [
+        ("insert_together_us", f"call {table}_loop('insert', {first}, {single}, false)", single),
+        ("insert_each_us", f"call {table}_loop('insert', {first + single}, {single}, true)", single),
+        ("update_each_us", f"call {table}_loop('update', {first}, {single}, true)", single),
+        ("bulk_insert_us", f"insert into {table} select {many} + id, {columns} from bench_stock", bulk),  # noqa: S608  # our own text
+        ("bulk_update_us", f"update {table} set note = note || '.' where {place}", bulk),  # noqa: S608  # our own text
+        ("bulk_delete_us", f"delete from {table} where {place}", bulk),  # noqa: S608  # our own text
+    ]
+
+
+def _make(on: Stage, part: Part, table: str) -> None:
+    on.execute(f"create table {table} (like bench_plain including all)")
+    on.execute(_LOOP.format(table=table))
+    if part.body is None:
+        return
+    if part.before:
+        on.execute(part.before)
+    name = f"part_{table}"
+    body = part.body(function_body([Feed(1, Source(table=table, key=("id",)))]))
+    on.execute(create_function(name, body).as_string())
+    for event in _EVENTS:
+        on.execute(create_trigger(name, "public", table, event).as_string())
+    if part.after:
+        on.execute(part.after.format(function=f"cdc.{name}()"))
+
+
+def _cpu_seconds(backend: psycopg.Connection) -> float:
+    """Finer than the clock ticks of meter.py: these are milliseconds."""
+    return int(Path(f"/proc/{backend.info.backend_pid}/schedstat").read_text().split()[0]) / 1e9

@@ -1,0 +1,275 @@
+"""What Convex, or whoever is between, may do to a request and its answer: nothing is lost, or parked without cause."""
+
+import asyncio
+import shutil
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from convex.http_client import ConvexHttpClient
+
+from cdc_worker.mirrors import Mirror
+from dev import local_convex as convex
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database
+from tests.integration.interposed import (
+    Fault,
+    Interposed,
+    Run,
+    answers,
+    answers_after,
+    drips,
+    hangs_after,
+    resets,
+    resets_after,
+    twice,
+)
+from tests.integration.mirrored import Mirrored, eventually
+from tests.integration.running import quick_settings, worker_at_work
+
+pytestmark = pytest.mark.one_postgres
+
+PATIENCE_SECONDS = 0.3
+
+
+@pytest.fixture
+def user() -> str:
+    return f"user-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def mirrors() -> tuple[Mirror, ...]:
+    return (CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"}),)
+
+
+@pytest.fixture
+def db(database: str, mirrors: Sequence[Mirror]) -> Iterator[Database]:
+    with Database(database, TABLES, mirrors) as opened:
+        yield opened
+
+
+@pytest.fixture
+def mirrored(local_convex: convex.LocalConvex) -> Mirrored:
+    return Mirrored(local_convex.url, local_convex.admin_key)
+
+
+@pytest.fixture
+async def between(local_convex: convex.LocalConvex) -> AsyncIterator[Interposed]:
+    async with Interposed(local_convex) as opened:
+        yield opened
+
+
+def check_in(db: Database, user: str, key: str, note: str) -> None:
+    db.execute(
+        """
+        insert into "CheckIn" values (%s, %s, %s, null, now()) on conflict (id) do update set note = excluded.note
+        """,
+        f"{user}-{key}", user, note,
+    )  # fmt: skip
+
+
+PAUSED = '{"status": "error", "errorMessage": "[Request ID: 1] Server Error"}'
+GONE = '{"status": "error", "errorMessage": "Could not find public function for \'cdc:apply\'."}'
+OTHER_FORM = '{"status": "success", "value": {"outcome": "other"}}'
+FEWER = '{"status": "success", "value": {"outcome": "applied", "verdicts": []}}'
+HTML = "<html><body>Bad gateway</body></html>"
+
+FAULTS: dict[str, Fault] = {
+    "too many at once": answers(429, '{"code": "TooManyConcurrentRequests", "message": "wait"}'),
+    "a conflict": answers(503, '{"code": "OptimisticConcurrencyControlFailure", "message": "again"}'),
+    "an error of the server's own": answers_after(500, '{"code": "InternalServerError", "message": "sorry"}'),
+    "a proxy's page": answers(502, HTML),
+    "a proxy's page instead of the answer": answers_after(200, HTML),
+    "half of an answer": answers_after(200, '{"status": "success", "value": {'),
+    "an answer of another form": answers_after(200, OTHER_FORM),
+    "too few verdicts": answers_after(200, FEWER),
+    "a deployment that is not there": answers(404, ""),
+    "a key that is not taken": answers(401, '{"code": "BadAdminKey", "message": "no"}'),
+    "a malformed request": answers(400, '{"code": "InvalidAdminKey", "message": "no"}'),
+    "a paused deployment": answers(200, PAUSED),
+    "functions that are gone": answers(200, GONE),
+    "a reset before": resets,
+    "a reset after": resets_after,
+    "a slow drip": drips,
+    "no answer at all": hangs_after,
+    "two runs": twice,
+}
+
+
+async def test_whatever_becomes_of_a_request(  # fixtures
+    mirrors: Sequence[Mirror], db: Database, between: Interposed, mirrored: Mirrored, user: str
+) -> None:
+    settings = quick_settings(db.dsn, between.convex, CDC_CONVEX_TIMEOUT_SECONDS=PATIENCE_SECONDS)
+    async with worker_at_work(settings, mirrors) as running:
+        await running.said("backfill.done")
+        notes = {}
+        for what, fault in FAULTS.items():
+            before, between.fault = between.met, fault
+            for key in ("of all of them", what):
+                check_in(db, user, key, what)
+                notes[key] = what
+            # Both changes may be one request, and only a fault that refuses it meets it again.
+            await met(between, before + (1 if fault is twice else 2))
+            between.fault = None
+            await eventually(lambda: mirrored.descriptions(user), sorted(notes.values()))
+        await running.stop()
+        assert running.log.of("key.parked") == []
+        assert db.one("select count(*) from cdc.parked_key") == 0
+        # Each was waited out where it stood.
+        assert running.log.events.count("session.open") == 1
+
+
+async def met(between: Interposed, requests: int) -> None:
+    await eventually(lambda: between.met >= requests, expected=True)
+
+
+def refuses(word: bytes) -> Fault:
+    """Convex fails on a batch with this word in it, for reasons of its own."""
+
+    async def fault(request: web.Request, body: bytes, run: Run) -> web.StreamResponse:
+        if word in body:
+            return web.Response(text=PAUSED)
+        status, answer = await run()
+        return web.Response(status=status, body=answer)
+
+    return fault
+
+
+async def test_a_key_that_convex_alone_refuses_is_found_and_parked(  # fixtures
+    mirrors: Sequence[Mirror], db: Database, between: Interposed, mirrored: Mirrored, user: str
+) -> None:
+    between.fault = refuses(b"poison")
+    async with worker_at_work(quick_settings(db.dsn, between.convex), mirrors) as running:
+        await running.said("session.open")
+        with db.connection.transaction():
+            for n in range(20):
+                check_in(db, user, str(n), "poison" if n in {3, 11} else f"note {n}")
+        wanted = sorted(f"note {n}" for n in range(20) if n not in {3, 11})
+        await eventually(lambda: mirrored.descriptions(user), wanted)
+        parked = "select key, class, reason from cdc.parked_key order by key"
+        refused = [(f"{user}-{n}", "refused", "[Request ID: 1] Server Error") for n in (11, 3)]
+        await eventually(lambda: db.execute(parked), refused)
+        assert "convex.misconfigured" not in running.log.events
+        # A later good change settles it.
+        check_in(db, user, "3", "note 3")
+        db.execute("""delete from "CheckIn" where id = %s""", f"{user}-11")
+        await eventually(lambda: mirrored.descriptions(user), sorted([*wanted, "note 3"]))
+        await eventually(lambda: db.execute(parked), [])
+
+
+def takes_at_most(size: int, status: int) -> Fault:
+    """A proxy that knows the largest body that anybody needs."""
+
+    async def fault(request: web.Request, body: bytes, run: Run) -> web.StreamResponse:
+        if len(body) > size:
+            return web.Response(status=status, text=HTML)
+        answered, answer = await run()
+        return web.Response(status=answered, body=answer)
+
+    return fault
+
+
+@pytest.mark.parametrize("status", [400, 413])
+async def test_a_batch_that_is_too_large_for_somebody_in_between_is_made_smaller(  # noqa: PLR0917  # fixtures
+    mirrors: Sequence[Mirror], db: Database, between: Interposed, mirrored: Mirrored, user: str, status: int
+) -> None:
+    between.fault = takes_at_most(10_000, status)
+    async with worker_at_work(quick_settings(db.dsn, between.convex), mirrors) as running:
+        await running.said("session.open")
+        db.execute(
+            """
+            insert into "CheckIn" select %s || '-' || n, %s, repeat('x', 1000) || n, null, now()
+            from generate_series(1, 60) as n
+            """,
+            user, user,
+        )  # fmt: skip
+        await eventually(lambda: len(mirrored.activities(user)), 60)
+        await running.stop()
+        assert running.log.of("key.parked") == []
+        assert running.log.events.count("session.open") == 1
+
+
+# What somebody does to documents by hand is put right with the next change of their rows.
+
+BY_HAND = """
+import { internalMutationGeneric } from "convex/server";
+import { v } from "convex/values";
+
+const tables = ["activities", "userStatus"];
+
+export const remove = internalMutationGeneric({ args: {}, handler: async (ctx) => {
+  for (const table of tables) for (const each of await ctx.db.query(table).collect()) await ctx.db.delete(each._id);
+} });
+
+export const edit = internalMutationGeneric({ args: { description: v.string(), lastCheckIn: v.number() },
+  handler: async (ctx, { description, lastCheckIn }) => {
+    for (const each of await ctx.db.query("activities").collect()) await ctx.db.patch(each._id, { description });
+    for (const each of await ctx.db.query("userStatus").collect()) await ctx.db.patch(each._id, { lastCheckIn });
+  } });
+"""
+
+
+@pytest.fixture(scope="module")
+def open_to_hands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[convex.LocalConvex]:
+    """A deployment with two more functions, by which somebody reaches into it."""
+    folder: Path = tmp_path_factory.mktemp("functions")
+    shutil.copytree(convex.ROOT / "convex", folder / "convex")
+    (folder / "convex/hand.ts").write_text(BY_HAND)
+    (folder / "node_modules").symlink_to(convex.ROOT / "dev/node_modules")
+    (folder / "package.json").write_text('{"type": "module"}')
+    with convex.start(functions=folder / "convex") as running:
+        yield running
+
+
+async def test_documents_that_were_edited_or_removed_by_hand(
+    mirrors: Sequence[Mirror], database: str, open_to_hands: convex.LocalConvex, user: str
+) -> None:
+    mirrored = Mirrored(open_to_hands.url, open_to_hands.admin_key)
+    hand = ConvexHttpClient(open_to_hands.url)
+    hand.set_admin_auth(open_to_hands.admin_key)
+    both = (*mirrors, STATUS)
+    with Database(database, TABLES, both) as db:
+
+        def change(number: int) -> None:
+            check_in(db, user, "1", f"note {number}")
+            db.execute(
+                """
+                insert into "User" values (%s, 'A', to_timestamp(%s) at time zone 'UTC')
+                on conflict (id) do update set "lastCheckInAt" = excluded."lastCheckInAt"
+                """,
+                user, number,
+            )  # fmt: skip
+
+        def seen() -> tuple[list[str], object]:
+            return mirrored.descriptions(user), (mirrored.status(user) or {}).get("lastCheckIn")
+
+        async with worker_at_work(quick_settings(database, open_to_hands), both) as running:
+            # What it reads anew would put right what the hand does.
+            await running.said("backfill.done", times=len(both))
+            change(1)
+            await eventually(seen, (["note 1"], 1000.0))
+
+            await asyncio.to_thread(hand.mutation, "hand:edit", {"description": "by hand", "lastCheckIn": 7.0})
+            assert seen() == (["by hand"], 7.0)
+            change(2)
+            await eventually(seen, (["note 2"], 2000.0))
+
+            # To just what the row says next, under the version of what it said before; and the row goes on.
+            await asyncio.to_thread(hand.mutation, "hand:edit", {"description": "note 3", "lastCheckIn": 3000.0})
+            change(3)
+            change(4)
+            await eventually(seen, (["note 4"], 4000.0))
+
+            await asyncio.to_thread(hand.mutation, "hand:remove", {})
+            assert seen() == ([], None)
+            change(5)
+            await eventually(seen, (["note 5"], 5000.0))
+
+            # What is gone already is no obstacle to its own delete, nor to coming back.
+            await asyncio.to_thread(hand.mutation, "hand:remove", {})
+            db.execute("""delete from "CheckIn"; delete from "User" """)
+            change(6)
+            await eventually(seen, (["note 6"], 6000.0))
+            db.execute("""delete from "CheckIn"; delete from "User" """)
+            await eventually(seen, ([], None))

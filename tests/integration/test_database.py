@@ -1,0 +1,100 @@
+"""The border to Postgres: whoever gives up, or is given up, leaves no connection behind that is not as good as new."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+
+from cdc_worker import database as border
+from cdc_worker.database import Database
+from dev.link import Link, link_to
+
+pytestmark = pytest.mark.one_postgres
+
+
+@pytest.fixture
+async def pool(database: str) -> AsyncIterator[Database]:
+    async with Database(database, statement_seconds=5) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def link(database: str) -> AsyncIterator[Link]:
+    to = conninfo_to_dict(database)
+    async with link_to(str(to["host"]), int(str(to["port"]))) as opened:
+        yield opened
+
+
+async def cancelled(task: asyncio.Task[object], *, after_turns: int) -> None:
+    """Cancels it after so many turns of the event loop."""
+    for _ in range(after_turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def test_a_statement_that_is_cancelled_at_any_moment_spoils_no_other(pool: Database) -> None:
+    # Also when its answer is there already: then the driver finds nothing to complain of.
+    for turns in range(60):
+        await cancelled(asyncio.create_task(pool.execute("select 1")), after_turns=turns)
+        assert await pool.execute("select 2") == [(2,)]
+
+
+async def test_a_statement_that_is_cancelled_lets_its_task_go_at_once(pool: Database) -> None:
+    await pool.execute("select 1")
+    sleeping = asyncio.create_task(pool.execute("select pg_sleep(4)"))
+    await asyncio.sleep(0.1)
+    started = time.monotonic()
+    await cancelled(sleeping, after_turns=0)
+    assert time.monotonic() - started < 1
+
+
+async def test_a_pool_that_is_used_up_is_said_in_words(pool: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool._pool, "timeout", 0.2)
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(4):
+            await stack.enter_async_context(pool.transaction())
+        with pytest.raises(psycopg.OperationalError, match="all are in use, or Postgres"):
+            await pool.execute("select 1")
+
+
+async def test_a_roll_back_over_a_deaf_link_has_a_deadline(
+    database: str, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(border, "_GRACE_SECONDS", 0.2)
+    to = conninfo_to_dict(database)
+    dsn = f"postgresql://{to['user']}:{to['password']}@127.0.0.1:{link.port}/{to['dbname']}"
+
+    async def fail(pool: Database) -> None:
+        async with pool.transaction() as connection:
+            await connection.execute("select 1")
+            link.deaf()
+            raise RuntimeError("of the caller's own")
+
+    async with asyncio.timeout(5), Database(dsn, statement_seconds=0.2) as pool:
+        with pytest.raises(RuntimeError, match="of the caller's own"):
+            await fail(pool)
+
+
+async def test_what_a_worker_locked_that_vanished_is_free_again(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With its machine, without a word: the server would keep its transaction for two hours.
+    monkeypatch.setattr(border, "_GRACE_SECONDS", 0.1)
+
+    async def vanish(pool: Database) -> None:
+        async with pool.transaction() as connection:
+            await connection.execute("lock table mirrored in access exclusive mode")
+            # This loop stands still meanwhile, and sends nothing.
+            other.execute("set lock_timeout = '3s'; lock table mirrored in access share mode")
+
+    with psycopg.connect(database) as other:
+        other.execute("create table mirrored (id int)")
+        other.commit()
+        async with Database(database, statement_seconds=0.2) as pool:
+            with pytest.raises(psycopg.Error) as ended:
+                await vanish(pool)
+    assert not isinstance(ended.value, psycopg.errors.LockNotAvailable)

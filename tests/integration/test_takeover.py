@@ -1,0 +1,115 @@
+"""Two workers at one shard, as processes: one is stopped, killed or stalled, and the effects of both never mix."""
+
+import asyncio
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cdc_worker.mirrors import Mirror
+from dev import local_convex as convex
+from tests.integration.application import CHECK_INS, TABLES, Database
+from tests.integration.interposed import Interposed, held_until
+from tests.integration.mirrored import Mirrored, eventually
+from tests.integration.running import Child, child, environment
+
+pytestmark = pytest.mark.one_postgres
+
+LEASE_SECONDS = 3
+
+
+@pytest.fixture
+def user() -> str:
+    return f"user-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def mirror() -> Mirror:
+    return CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"})
+
+
+@pytest.fixture
+def db(database: str, mirror: Mirror) -> Iterator[Database]:
+    with Database(database, TABLES, [mirror]) as opened:
+        yield opened
+
+
+@pytest.fixture
+def mirrored(local_convex: convex.LocalConvex) -> Mirrored:
+    return Mirrored(local_convex.url, local_convex.admin_key)
+
+
+def check_in(db: Database, user: str, key: str, note: str) -> None:
+    db.execute(
+        """
+        insert into "CheckIn" values (%s, %s, %s, null, now()) on conflict (id) do update set note = excluded.note
+        """,
+        f"{user}-{key}", user, note,
+    )  # fmt: skip
+
+
+async def said(worker: Child, event: str, *, times: int = 1) -> None:
+    await asyncio.to_thread(worker.said, event, times=times)
+
+
+async def test_one_that_stalled_with_a_batch_under_way_does_no_harm_when_it_wakes(  # noqa: PLR0917  # fixtures
+    db: Database, local_convex: convex.LocalConvex, mirror: Mirror, mirrored: Mirrored, tmp_path: Path, user: str
+) -> None:
+    async with Interposed(local_convex) as between:
+        released = asyncio.Event()
+        env = environment(db.dsn, between.convex, tmp_path / "toml", CDC_LEASE_SECONDS=LEASE_SECONDS)
+        with child(tmp_path, env, mirrors=[mirror], name="first") as first:
+            await said(first, "backfill.done")
+            between.fault = held_until(released)
+            check_in(db, user, "1", "what the first one read")
+            await eventually(lambda: between.open, 1)
+            first.process.signal(signal.SIGSTOP)
+            between.fault = None
+            with child(tmp_path, env, name="second") as second:
+                await said(second, "lease.standby")
+                check_in(db, user, "1", "what came after")
+                check_in(db, user, "2", "new")
+                await said(second, "session.open")
+                await eventually(lambda: mirrored.descriptions(user), ["new", "what came after"])
+                # Its batch is carried out now, and then it goes on where it stood.
+                released.set()
+                await eventually(lambda: between.open, 0)
+                first.process.signal(signal.SIGCONT)
+                check_in(db, user, "3", "newest")
+                await said(first, "session.fenced")
+                await said(first, "lease.standby")
+                await eventually(lambda: mirrored.descriptions(user), ["new", "newest", "what came after"])
+                assert [line["event"] for line in second.lines].count("session.open") == 1
+                # The spare is as good as new.
+                second.term()
+                await said(first, "session.open", times=2)
+                check_in(db, user, "3", "by the first one again")
+                await eventually(
+                    lambda: mirrored.descriptions(user), ["by the first one again", "new", "what came after"]
+                )
+
+
+async def test_one_that_is_killed_behind_a_pooler_is_replaced_with_its_lease(  # noqa: PLR0917  # fixtures
+    db: Database,
+    pooled_database: str,
+    local_convex: convex.LocalConvex,
+    mirror: Mirror,
+    mirrored: Mirrored,
+    tmp_path: Path,
+    user: str,
+) -> None:
+    # With a direct connection it is at once, and so it is after a SIGTERM: test_worker_process.py.
+    env = environment(pooled_database, local_convex, tmp_path / "toml", CDC_LEASE_SECONDS=LEASE_SECONDS)
+    with child(tmp_path, env, mirrors=[mirror], name="first") as first:
+        await said(first, "session.open")
+        with child(tmp_path, env, name="second") as second:
+            await said(second, "lease.standby")
+            first.process.signal(signal.SIGKILL)
+            started = time.monotonic()
+            check_in(db, user, "1", "after")
+            await said(second, "lease.acquired")
+            assert time.monotonic() - started < LEASE_SECONDS + 2
+            await eventually(lambda: mirrored.descriptions(user), ["after"])
