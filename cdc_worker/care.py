@@ -27,6 +27,7 @@ from cdc_worker.registry import Registry
 from cdc_worker.rotation import rotate
 from cdc_worker.sender import Tally
 from cdc_worker.settings import Settings
+from convex import ConvexError
 
 log = structlog.get_logger()
 
@@ -166,7 +167,7 @@ class Care:
                 args = {"mirror": plan.mirror.name, "target": plan.mirror.target, "after": after, "limit": most}
                 try:
                     keys = await self._deployment.call("query", "cdc:keys", args)
-                except FunctionFailed as failure:
+                except (FunctionFailed, ConvexError) as failure:
                     if most == 1:
                         raise Misconfigured(f"{failure}: is the deployment running?") from None
                     # Whole documents are read to list their keys, and large ones pass the limit of a query.

@@ -16,6 +16,7 @@ from cdc_worker.deployment import Deployment
 from cdc_worker.errors import FunctionFailed, Misconfigured
 from cdc_worker.outage import Outage
 from cdc_worker.outbox import Position, Shard
+from convex import ConvexError
 
 log = structlog.get_logger()
 
@@ -80,7 +81,7 @@ async def open_shard(
         try:
             value: Any = await deployment.call("mutation", "cdc:open", args)
             return _Answer.model_validate(value)
-        except FunctionFailed as error:
+        except (FunctionFailed, ConvexError) as error:
             raise Misconfigured(
                 f"{error}: is the deployment running, and has it the functions of this worker's convex/ folder?"
             ) from None
@@ -137,7 +138,7 @@ async def note_saves(deployment: Deployment, outage: Outage, shard: Shard, epoch
     async def attempt() -> int | None:
         try:
             return _SAVES.validate_python(await deployment.call("mutation", "cdc:noteSaves", args))
-        except FunctionFailed as error:
+        except (FunctionFailed, ConvexError) as error:
             raise Misconfigured(f"{error}: is the deployment running?") from None
         except ValidationError:
             raise Misconfigured(

@@ -18,6 +18,7 @@ from dev.chaos.schedule import (
     Beside,
     Commit,
     Convex,
+    Divide,
     Do,
     Hit,
     Kill,
@@ -219,6 +220,7 @@ class _Maker:
             (lambda: [Postgres(self._one(("immediate", "fast")))], 0.06),
             (lambda: [Convex("kill"), *self._transaction(), Convex("start")], 0.03),
             (lambda: [*self._transaction(), Wire(self._one(("postgres", "convex")), "forget")], 0.03),
+            (lambda: [*self._transaction()[:-1], Divide(self._one((1, 2, 3)))], 0.05),
         ]
 
     # The application.

@@ -84,6 +84,13 @@ class Replace:
 
 
 @dataclass(frozen=True)
+class Divide:
+    """The keys are divided into another number of shards while the workers run, which are then replaced: a deploy."""
+
+    shards: int
+
+
+@dataclass(frozen=True)
 class Awake:
     """Whoever sleeps goes on where it was (SIGCONT), and knows nothing of what happened."""
 
@@ -178,7 +185,7 @@ class Settle:
 
 
 Write = Do | Savepoint | RollbackTo | Commit | Rollback | KillWriter
-Supervise = Kill | Stop | Start | Beside | Replace | Awake | Arm
+Supervise = Kill | Stop | Start | Beside | Replace | Divide | Awake | Arm
 Disturb = Link | Replay | Release | Reopen | Wire
 Serve = Postgres | Convex | Rotate
 Wait = Pause | Reach | Settle | Hit

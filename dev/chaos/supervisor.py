@@ -125,6 +125,13 @@ class Supervisor:
             await self._expire_leases()
         self.start()
 
+    def divide(self, shards: int) -> None:
+        """Other workers, as many as there are shards now. Those before were fenced when `migrate` divided the keys."""
+        self.counts["shards divided anew"] += 1
+        self._environment["CDC_SHARDS"] = str(shards)
+        self._wanted = shards
+        self.restart()
+
     def wake(self) -> list[WorkerProcess]:
         """Those that slept."""
         sleepers = [worker for worker in self._workers if worker.asleep]

@@ -26,6 +26,7 @@ from dev.chaos.schedule import (
     Commit,
     Convex,
     Disturb,
+    Divide,
     Do,
     Hit,
     Kill,
@@ -109,7 +110,7 @@ class World:
         self._stack = contextlib.AsyncExitStack()
         self._postgres = PostgresServer(flavour)
         self._convex = ConvexServer(functions)
-        self._shards = shards
+        self._shards = self._divided = shards
         self._seen = 0
         # Acts of failpoints when the last one was armed.
         self._acts = 0
@@ -154,7 +155,7 @@ class World:
             "CONVEX_URL": f"http://127.0.0.1:{self._wires['convex'].port}",
             "CONVEX_DEPLOY_KEY": self._convex.admin_key,
             "CDC_CONFIG": str(config),
-            **({"CDC_SHARDS": str(self._shards)} if self._shards > 1 else {}),
+            "CDC_SHARDS": str(self._shards),
         }
         self.workers = Supervisor(folder, environment, wanted=self._shards, expire_leases=self._expire_leases)
         self._stack.callback(self.workers.kill_all)
@@ -181,7 +182,8 @@ class World:
         )
         config = folder / "cdc_worker.toml"
         config.write_text(application.MIRRORS)
-        await migrate(self._postgres.dsn, load_mirrors(config), shards=self._shards)
+        self._mirrors = load_mirrors(config)
+        await migrate(self._postgres.dsn, self._mirrors, shards=self._shards)
         return config
 
     async def _expire_leases(self) -> None:
@@ -192,6 +194,7 @@ class World:
         self._witness.begin()
         await self._note_state()
         try:
+            await self._divide(self._shards)
             self.workers.start()
             for step in schedule:
                 await self.workers.tidy()
@@ -206,7 +209,7 @@ class World:
         match step:
             case Pause() | Reach() | Settle() | Hit():
                 await self._wait(step)
-            case Kill() | Stop() | Start() | Beside() | Replace() | Awake() | Arm():
+            case Kill() | Stop() | Start() | Beside() | Replace() | Divide() | Awake() | Arm():
                 await self._supervise(step)
             case Link() | Replay() | Release() | Reopen() | Wire():
                 await self._disturb(step)
@@ -229,11 +232,19 @@ class World:
                 self.workers.add()
             case Replace():
                 await self.workers.replace()
+            case Divide(shards):
+                await self._divide(shards)
             case Awake():
                 self.workers.wake()
             case Arm(point, passage, act):
                 self._acts = self.workers.acts
                 self.workers.arm(point, passage, act)
+
+    async def _divide(self, shards: int) -> None:
+        if shards != self._divided:
+            await migrate(self._postgres.dsn, self._mirrors, shards=shards)
+            self._divided = shards
+            self.workers.divide(shards)
 
     async def _disturb(self, step: Disturb) -> None:
         match step:
