@@ -19,7 +19,7 @@ NPM := npm --prefix dev --no-update-notifier
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test check unit integration test-ts format pins clean mutants bench
+.PHONY: help setup demo test check unit integration test-ts format pins clean chaos mutants bench
 
 help: ## this text
 	@echo 'cdc_worker: rows of an application in Postgres appear in Convex.'
@@ -100,7 +100,11 @@ PINS_TMP := $(VENV)/pins.txt
 bench: setup ## measure, against what a user would pick instead (ARGS="drain --quick"); writes docs/performance.*
 	@$(BIN)/python -m dev.bench $(ARGS)
 
-mutants: setup ## break the worker on purpose, and show that the property test notices (100 s)
+# One schedule (SEED=7), or those of so many seeds (SEEDS=1000); from another first seed, with shards: ARGS.
+chaos: setup ## writes and faults by the thousand, compared (SEED=7 or SEEDS=1000; ARGS="--shards 3")
+	@$(BIN)/python -m dev.chaos $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100)) $(ARGS)
+
+mutants: setup ## break the worker on purpose, and show that the fault suite notices
 	@$(BIN)/python -m dev.mutants $(ARGS)
 
 pins: $(BIN)/uv ## resolve the pins anew after a change of pyproject.toml (ARGS=--upgrade: newest versions)

@@ -157,8 +157,13 @@ MUTANTS: Final = (
     ),
     Mutant(
         "no_lease",
-        "everybody gets the lease, and whoever had it may still write the checkpoint",
+        "everybody gets the lease of every shard, and whoever had it may still write the checkpoint",
         (
+            Change(
+                "cdc_worker/allotment.py",
+                "return least if lacking or not over else least + 1",
+                "return shards if lacking or not over else shards",
+            ),
             Change("migrations/0003_shards.sql", "select holder is null or", "select true or holder is null or"),
             Change("cdc_worker/allotment.py", "if token != held[shard]:", "if token < held[shard]:"),
             Change("cdc_worker/checkpoint.py", "        if not rows:", "        if len(rows) > 1:"),
