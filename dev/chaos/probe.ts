@@ -13,7 +13,9 @@ export const dump = internalQueryGeneric({
   returns: v.record(v.string(), v.array(v.any())),
   handler: async (ctx) =>
     Object.fromEntries(
-      await Promise.all([...MIRRORED, "cdcTombstones"].map(async (table) => [table, await ctx.db.query(table).collect()] as const)),
+      await Promise.all(
+        [...MIRRORED, "cdcTombstones"].map(async (table) => [table, await ctx.db.query(table).collect()] as const),
+      ),
     ),
 });
 
