@@ -187,8 +187,9 @@ async def test_only_the_last_of_many_changes_is_delivered(
     async with work() as running:
         await eventually(lambda: mirrored.descriptions(user), ["99"])
         await running.stop()
-    # The first update changed nothing; the first start's own rescan may have marked the key once more.
-    assert db.one("select count(*) from cdc.outbox") in {100, 101}
+    # The first update changed nothing; the first start's own rescan may have marked the key once for its row, and once
+    # for its document.
+    assert db.one("select count(*) from cdc.outbox") in {100, 101, 102}
 
 
 async def test_what_was_acknowledged_is_not_read_again(db: Database, work: Work, mirrored: Mirrored, user: str) -> None:
