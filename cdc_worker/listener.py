@@ -58,8 +58,8 @@ class Bell:
         self._started_at = started_at
         # There is no other reader.
         self._alone = alone
-        # The gate is ours to open.
-        self._keeps_gate = False
+        # The gate is ours to open; otherwise it may be opened, with a ring, whenever its keeper likes.
+        self.keeps_gate = False
 
     @classmethod
     async def open(cls, dsn: str, ring: Callable[[], Awaitable[object]], *, alone: bool = True) -> Self:
@@ -95,17 +95,17 @@ class Bell:
 
     async def arm(self) -> bool:
         """True if the gate is closed: by us, or by another reader. False while a writer is at it."""
-        (self._keeps_gate,) = await self._ask(_ARM)
-        if self._keeps_gate or self._alone:
-            return self._keeps_gate
+        (self.keeps_gate,) = await self._ask(_ARM)
+        if self.keeps_gate or self._alone:
+            return self.keeps_gate
         (kept,) = await self._ask(_KEPT, *GATE)
         return bool(kept)
 
     async def disarm(self) -> None:
         """Opens the gate, if we keep it."""
-        if self._keeps_gate:
+        if self.keeps_gate:
             await self._ask(_DISARM if self._alone else _DISARM_AND_RING)
-            self._keeps_gate = False
+            self.keeps_gate = False
 
     async def wait(self, wake: asyncio.Event, seconds: float) -> bool:
         """True if it rang, or `wake` was set (and is cleared); False after `seconds`."""

@@ -129,13 +129,15 @@ class Reader:
         return None
 
     async def _listen(self, bell: Bell) -> None:
-        """Sleeps behind the closed gate, which stays closed while the page is read, unless it is a busy time."""
+        """Sleeps behind the closed gate, which stays closed while the page is read, unless it is a busy time. One that
+        another reader keeps may have been opened with this very ring.
+        """
         began = time.monotonic()
         while not await bell.wait(self._wake, _LOOKOUT_SECONDS):
             if await self._something():
                 # It should have rung: this asks it whether it is still there.
                 return await self._disarm()
-        if time.monotonic() - began < _LIKELY_SECONDS:
+        if time.monotonic() - began < _LIKELY_SECONDS or not bell.keeps_gate:
             await self._disarm()
         return None
 
