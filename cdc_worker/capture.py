@@ -59,7 +59,7 @@ def function_body(feeds: Iterable[Feed]) -> str:
             insert_few=_append("mirror, key", _few_rows(feeds, "cdc_new")),
             insert_more=_append_many(_more_rows(feeds, "cdc_new")),
             update_one=_append("mirror, key", _one_pair(feeds)),
-            update_many=_append_many(_many_pairs(feeds)),
+            update_more=_append_many(_more_pairs(feeds)),
             delete_few=_append("mirror, key", _few_rows(feeds, "cdc_old")),
             delete_more=_append_many(_more_rows(feeds, "cdc_old")),
             few=sql.Literal(_FEW),
@@ -118,7 +118,7 @@ begin
         end if;
     elsif tg_op operator(pg_catalog.=) 'UPDATE' then
         if exists (select from cdc_new offset 1) then
-            {update_many}
+            {update_more}
         else
             {update_one}
         end if;
@@ -163,7 +163,7 @@ _ROWS = """(
             )"""
 
 _KEYS = """select {mirror}::pg_catalog.int2 as mirror, r.{key} as key
-            from {rows} as r where r.{key} is not null or r.{missing}"""
+            from {rows} as r where r.{present} or r.{missing}"""
 _MORE_KEYS = """
             select cdc.written(), k.mirror, pg_catalog.array_agg(k.key)
             from (
@@ -176,27 +176,36 @@ _MORE_KEYS = """
 # marked, or are alike to the last byte. An old row may be alone: a trigger can swallow one that moves to another
 # partition. A full join can only be hashed or merged, so that a plan made for few rows still serves a statement of a
 # million. Its second condition says nothing new but to the planner, who else expects a hundred times as many pairs.
+# `offset 0` keeps it from carrying on whole rows where the keys are enough.
 _ONE_PAIR = """select c.mirror, c.key
             from {old} as o left join {new} as n on true
             cross join lateral (values {candidates}) as c (mirror, key, changed, missing)
             where c.key is not null and c.changed or c.missing"""
 _ONE_PAIR_CANDIDATES = """({mirror}::pg_catalog.int2, n.{key}, {changed}, o.{missing}),
-                ({mirror}, o.{key}, {moved}, false)"""
-_MANY_PAIRS = """
+                ({mirror}, o.{key},
+                    (o.{key} operator(pg_catalog.<>) n.{key} collate pg_catalog."C") is not false, false)"""
+_MORE_PAIRS = """
             select cdc.written(), f.mirror, f.keys
             from (
                 select {gathered}
-                from {old} as o full join {new} as n
-                    on o.place operator(pg_catalog.=) n.place and {old_chunk} operator(pg_catalog.=) {new_chunk}
-                group by coalesce({old_chunk}, {new_chunk})
+                from (
+                    select {compared}, coalesce({old_chunk}, {new_chunk}) as chunk
+                    from {old} as o full join {new} as n
+                        on o.place operator(pg_catalog.=) n.place and {old_chunk} operator(pg_catalog.=) {new_chunk}
+                    offset 0
+                ) as p
+                group by p.chunk
             ) as g cross join lateral ({feeds}) as f
             where f.keys is not null"""
-_MANY_PAIRS_KEYS = """pg_catalog.array_agg(n.{key}) filter (where n.{key} is not null and {changed} or n.{missing})
+_MORE_PAIRS_COMPARED = "n.{key}, o.{key} as {old_key}, o.{missing}, {changed} as {changed_as}"
+_MORE_PAIRS_KEYS = """pg_catalog.array_agg(p.{key}) filter (where p.{changed_as} and p.{key} is not null or p.{missing})
                 operator(pg_catalog.||)
-                pg_catalog.array_agg(o.{key}) filter (where o.{key} is not null and {moved}) as {keys}"""
+                pg_catalog.array_agg(p.{old_key}) filter (
+                    where p.{changed_as} and p.{old_key} is not null
+                        and (p.{old_key} operator(pg_catalog.<>) p.{key} collate pg_catalog."C") is not false
+                ) as {keys}"""
 # `*<>` compares images, so that no column needs an equality operator (json has none). Unknown for a row that is alone.
 _CHANGED = "(o.{seen} operator(pg_catalog.*<>) n.{seen}) is not false"
-_MOVED = """(o.{key} operator(pg_catalog.<>) n.{key} collate pg_catalog."C") is not false"""
 
 
 def _append(columns: LiteralString, rows: sql.Composed) -> sql.Composed:
@@ -229,11 +238,12 @@ def _one_pair(feeds: Sequence[Feed]) -> sql.Composed:
     )
 
 
-def _many_pairs(feeds: Sequence[Feed]) -> sql.Composed:
+def _more_pairs(feeds: Sequence[Feed]) -> sql.Composed:
     # A pair may have two keys.
     chunk = sql.SQL("({}.place operator(pg_catalog./) {})")
-    return sql.SQL(_MANY_PAIRS).format(
-        gathered=_each(feeds, _MANY_PAIRS_KEYS, ", "),
+    return sql.SQL(_MORE_PAIRS).format(
+        gathered=_each(feeds, _MORE_PAIRS_KEYS, ", "),
+        compared=_each(feeds, _MORE_PAIRS_COMPARED, ", "),
         old=_rows(feeds, "cdc_old", numbered=True, seen=True),
         new=_rows(feeds, "cdc_new", numbered=True, seen=True),
         old_chunk=chunk.format(sql.SQL("o"), sql.Literal(_KEYS_IN_A_ROW // 2)),
@@ -242,29 +252,26 @@ def _many_pairs(feeds: Sequence[Feed]) -> sql.Composed:
     )
 
 
+_NAMES = ("key", "old_key", "keys", "seen", "present", "missing", "changed_as")
+
+
 def _each(feeds: Sequence[Feed], text: LiteralString, between: LiteralString, **more: sql.Composed) -> sql.Composed:
     """The text once for each feed, with the columns that _rows makes for it."""
     parts = []
     for n, feed in enumerate(feeds):
-        names = {name: sql.Identifier(f"{name}_{n}") for name in ("key", "keys", "seen", "missing")}
-        tests = {"changed": _CHANGED, "moved": _MOVED}
-        parts.append(
-            sql.SQL(text).format(
-                mirror=sql.Literal(feed.mirror_id),
-                **names,
-                **more,
-                **{name: sql.SQL(test).format(**names) for name, test in tests.items()},
-            )
-        )
+        names = {name: sql.Identifier(f"{name}_{n}") for name in _NAMES}
+        changed = sql.SQL(_CHANGED).format(**names)
+        parts.append(sql.SQL(text).format(mirror=sql.Literal(feed.mirror_id), changed=changed, **names, **more))
     return sql.SQL(between).join(parts)
 
 
 def _rows(feeds: Sequence[Feed], table: str, *, numbered: bool = False, seen: bool = False) -> sql.Composed:
-    """A transition table with the key of each feed, whether a column is gone, and what is compared if that is asked."""
+    """A transition table with each feed's key, whether there is one, whether a column is gone, and what is compared."""
     columns: list[sql.Composable] = [sql.SQL("pg_catalog.row_number() over () as place")] if numbered else []
     for n, feed in enumerate(feeds):
         source = feed.source
         columns.append(sql.SQL("{} as {}").format(_key(source), sql.Identifier(f"key_{n}")))
+        columns.append(sql.SQL("{} as {}").format(_present(source), sql.Identifier(f"present_{n}")))
         columns.append(sql.SQL("{} as {}").format(_missing(source), sql.Identifier(f"missing_{n}")))
         if seen:
             watched = (
@@ -296,14 +303,17 @@ def _missing(source: Source) -> sql.Composed:
     return sql.SQL("({})").format(sql.SQL(" or ").join(tests))
 
 
+def _present(source: Source) -> sql.Composed:
+    """No part of the key is null, since null finds no row."""
+    tests = (sql.SQL("{} is not null").format(sql.Identifier(column)) for column in source.key)
+    return sql.SQL("({})").format(sql.SQL(" and ").join(tests))
+
+
 def _key(source: Source) -> sql.Composed:
-    """The key's text, as keys.py reads it; null if a part is null, since null finds no row, or a column is gone."""
-    columns = [sql.Identifier(column) for column in source.key]
-    parts = [sql.SQL("{}::pg_catalog.text").format(column) for column in columns]
-    text = (
-        parts[0]
-        if len(parts) == 1
-        else sql.SQL("pg_catalog.json_build_array({})::pg_catalog.text").format(sql.SQL(", ").join(parts))
+    """The key's text, as keys.py reads it; null if there is none, or a column is gone."""
+    parts = [sql.SQL("{}::pg_catalog.text").format(sql.Identifier(column)) for column in source.key]
+    if len(parts) == 1:
+        return sql.SQL("case when not {} then {} end").format(_missing(source), parts[0])
+    return sql.SQL("case when {} and not {} then pg_catalog.json_build_array({})::pg_catalog.text end").format(
+        _present(source), _missing(source), sql.SQL(", ").join(parts)
     )
-    present = sql.SQL(" and ").join(sql.SQL("{} is not null").format(column) for column in columns)
-    return sql.SQL("case when {} and not {} then {} end").format(present, _missing(source), text)
