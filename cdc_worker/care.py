@@ -208,9 +208,3 @@ async def heartbeat(
             batches_in_flight=pace.in_flight,
             **tally.take(),
         )
-
-
-async def _backlog(database: Database, shard: Shard, reader: Reader) -> int:
-    if reader.caught_up.is_set():
-        return 0
-    return await backlog(database, shard, reader.position, _BACKLOG_COUNTED)
