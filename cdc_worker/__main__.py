@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Annotated, TypeVar
 
 import psycopg
@@ -19,8 +20,9 @@ from rich.text import Text
 from cdc_worker import backfill as rescans
 from cdc_worker import parking
 from cdc_worker.catalog import check
-from cdc_worker.database import Database
+from cdc_worker.database import Database, first_lines
 from cdc_worker.errors import CdcError, ConfigError, SchemaError
+from cdc_worker.locks import LOCKED, when_free
 from cdc_worker.logs import configure_logs
 from cdc_worker.migrate import migrate as bring_up_to_date
 from cdc_worker.mirrors import Mirror, load_mirrors
@@ -132,9 +134,13 @@ async def _backfill(database: Database, mirrors: list[Mirror]) -> None:
         for mirror in mirrors:
             if mirror.name not in ids:
                 raise SchemaError(f'mirror "{mirror.name}" is new to this database: run `cdc-worker migrate` first')
-            async with database.transaction("read only") as connection:
-                plan = await check(connection, mirror)
+            plan = await when_free(f'mirror "{mirror.name}"', partial(_plan, database, mirror), database.execute)
             await _backfill_one(database, ids[mirror.name], plan, progress)
+
+
+async def _plan(database: Database, mirror: Mirror) -> Plan:
+    async with database.transaction("read only") as connection:
+        return await check(connection, mirror)
 
 
 async def _backfill_one(database: Database, mirror_id: int, plan: Plan, progress: Progress) -> None:
@@ -239,6 +245,8 @@ def main() -> None:
         _refuse(str(error), _EXIT_CONFIG)
     except CdcError as error:
         _refuse(str(error), 1)
+    except LOCKED as error:
+        _refuse(f"{first_lines(error)}: somebody else has it locked, run it again", 1)
     except psycopg.OperationalError as error:
         # libpq's text names host, port and role; never the password.
         _refuse(f"the database is out of reach: {str(error).strip().splitlines()[0]}", 1)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from dev.local_convex import LocalConvex
@@ -113,3 +114,12 @@ async def test_parked_keys_are_listed_retried_and_dropped(
         assert command("parked", "drop").returncode != 0, "all of them, and nobody to ask"
         assert line(command("parked", "drop", "--yes"), "parked.dropped")[0]["keys"] == 1
         assert "Nothing is parked." in command("parked", "list").stdout
+
+
+@pytest.mark.one_postgres
+def test_a_page_that_cannot_be_marked_for_a_lock_is_said_in_words(db: Database, command: Command) -> None:
+    with psycopg.connect(db.dsn) as full:
+        full.execute("lock table cdc.outbox in share mode")
+        done = command("backfill", "check-ins")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("cdc-worker: canceling statement due to lock timeout: somebody")
