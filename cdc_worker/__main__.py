@@ -121,7 +121,9 @@ def backfill(
 
 
 async def _backfill(database: Database, mirrors: list[Mirror]) -> None:
-    ids: dict[str, int] = dict(await database.execute("select name, id from cdc.mirror where configured"))
+    known = await database.execute("select name, id, definition from cdc.mirror where configured")
+    ids: dict[str, int] = {name: number for name, number, _ in known}
+    definitions: dict[str, str] = {name: definition for name, _, definition in known}
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -134,6 +136,10 @@ async def _backfill(database: Database, mirrors: list[Mirror]) -> None:
         for mirror in mirrors:
             if mirror.name not in ids:
                 raise SchemaError(f'mirror "{mirror.name}" is new to this database: run `cdc-worker migrate` first')
+            if definitions[mirror.name] != mirror.definition:
+                raise SchemaError(
+                    f'mirror "{mirror.name}" is not as the database knows it: run `cdc-worker migrate` first'
+                )
             plan = await when_free(f'mirror "{mirror.name}"', partial(_plan, database, mirror), database.execute)
             await _backfill_one(database, ids[mirror.name], plan, progress)
 

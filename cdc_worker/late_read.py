@@ -110,7 +110,7 @@ class LateReader:
             if count < len(page.rows):
                 page = page.cut(count)
                 keys = _distinct_keys(page.rows)
-            readings = Readings(page, rescans={row.mirror_id for row in page.rows if row.key is None})
+            readings = Readings(page, rescans={self._mirror(row.mirror_id).id for row in page.rows if row.key is None})
             for state in states:
                 wanted = keys.get(state.id, [])
                 readings.events += await self._complete(connection, state, found[state.id], wanted, number)
