@@ -1,3 +1,6 @@
--- The tables with rows behind a mirror when the worker last looked: partitions and heirs come and go past every trigger.
--- Null: it has not looked yet.
-alter table cdc.mirror add column tables bigint[];
+-- What a mirror's rows depended on when the worker last looked, and no trigger tells of. Null: it has not looked yet.
+--   tables   those with rows: partitions and heirs come and go
+--   columns  of its sources, with their types: an ALTER TABLE may rewrite every value
+alter table cdc.mirror
+    add column tables  bigint[],
+    add column columns text[];

@@ -16,7 +16,7 @@ from tests.integration.running import Running, quick_settings, worker_at_work
 
 pytestmark = pytest.mark.one_postgres
 
-Work = Callable[[], AbstractAsyncContextManager[Running]]
+Work = Callable[..., AbstractAsyncContextManager[Running]]
 PARTITIONS = """
 create table visit (id int, part int, note text, primary key (id, part)) partition by list (part);
 create table visit_1 partition of visit for values in (1);
@@ -45,7 +45,7 @@ def db(database: str, mirror: Mirror) -> Iterator[Database]:
 
 @pytest.fixture
 def work(database: str, local_convex: convex.LocalConvex, mirror: Mirror) -> Work:
-    return lambda: worker_at_work(quick_settings(database, local_convex), [mirror])
+    return lambda mirror=mirror: worker_at_work(quick_settings(database, local_convex), [mirror])
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ async def noted(db: Database) -> None:
     await eventually(
         lambda: db.one(
             "select tables = (select array_agg(inhrelid::int8 order by inhrelid) from pg_inherits"
-            " where inhparent = 'visit'::regclass) from cdc.mirror"
+            " where inhparent = 'visit'::regclass) from cdc.mirror where configured"
         ),
         expected=True,
     )
@@ -95,6 +95,28 @@ async def test_rows_that_go_with_their_partition(  # noqa: PLR0917  # fixtures
             await running.said("capture.tables_changed")
             await equal(mirrored, mirror, db)
     assert len(mirrored.keys(mirror.name)) == 3
+
+
+async def test_values_that_change_with_the_type_of_their_column(
+    db: Database, work: Work, mirrored: Mirrored, mirror: Mirror
+) -> None:
+    """No trigger fires for what ALTER TABLE rewrites."""
+    user = f"user-{uuid.uuid4().hex[:8]}"
+    query = f"select id, part, '{user}' as user_id, 'alert' as type, note::text as description, now() as timestamp"
+    notes = mirror.model_copy(update={"name": f"{mirror.name}-notes", "query": f"{query} from visit where id < 3"})
+    db.execute("update visit set note = id")
+    await asyncio.to_thread(db.migrate, [notes])
+    async with work(notes) as running:
+        await eventually(lambda: mirrored.descriptions(user), ["1", "2"])
+        await running.said("backfill.done")
+        await noted(db)
+        # A new column has nothing to do with it.
+        await asyncio.to_thread(db.execute, "alter table visit add column more int default 7")
+        await asyncio.to_thread(db.execute, "alter table visit alter column note type int using note::int * 10")
+        assert "another type" in (await running.said("capture.tables_changed"))["cause"]
+        await eventually(lambda: mirrored.descriptions(user), ["10", "20"])
+        await running.stop()
+        assert running.log.events.count("capture.tables_changed") == 1
 
 
 async def test_rows_that_come_with_their_partition(
