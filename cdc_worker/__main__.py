@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, TypeVar
 
 import psycopg
@@ -26,6 +26,7 @@ from cdc_worker.migrate import migrate as bring_up_to_date
 from cdc_worker.mirrors import Mirror, load_mirrors
 from cdc_worker.outbox import ring
 from cdc_worker.plan import Plan
+from cdc_worker.replay import replay as mark_again
 from cdc_worker.settings import Settings, load_settings
 from cdc_worker.worker import Worker
 
@@ -112,14 +113,27 @@ def backfill(
     it was. A new mirror, a changed query and an empty deployment are noticed by themselves and need no backfill.
     """
     settings, mirrors = _start()
-    chosen = [each for each in mirrors if mirror in {None, each.name}]
-    if not chosen:
-        raise ConfigError(f'there is no mirror "{mirror}" (there are: {", ".join(each.name for each in mirrors)})')
+    chosen = _chosen(mirrors, mirror)
     asyncio.run(_with_database(settings, lambda database: _backfill(database, chosen)))
 
 
-async def _backfill(database: Database, mirrors: list[Mirror]) -> None:
+def _chosen(mirrors: Sequence[Mirror], name: str | None) -> list[Mirror]:
+    chosen = [each for each in mirrors if name in {None, each.name}]
+    if not chosen:
+        raise ConfigError(f'there is no mirror "{name}" (there are: {", ".join(each.name for each in mirrors)})')
+    return chosen
+
+
+async def _ids(database: Database, mirrors: Sequence[Mirror]) -> dict[str, int]:
     ids: dict[str, int] = dict(await database.execute("select name, id from cdc.mirror where configured"))
+    for mirror in mirrors:
+        if mirror.name not in ids:
+            raise SchemaError(f'mirror "{mirror.name}" is new to this database: run `cdc-worker migrate` first')
+    return ids
+
+
+async def _backfill(database: Database, mirrors: Sequence[Mirror]) -> None:
+    ids = await _ids(database, mirrors)
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -130,8 +144,6 @@ async def _backfill(database: Database, mirrors: list[Mirror]) -> None:
         disable=not sys.stderr.isatty(),
     ) as progress:
         for mirror in mirrors:
-            if mirror.name not in ids:
-                raise SchemaError(f'mirror "{mirror.name}" is new to this database: run `cdc-worker migrate` first')
             async with database.transaction("read only") as connection:
                 plan = await check(connection, mirror)
             await _backfill_one(database, ids[mirror.name], plan, progress)
@@ -159,6 +171,38 @@ async def _backfill_one(database: Database, mirror_id: int, plan: Plan, progress
     progress.update(bar, completed=marked, total=marked)
     if progress.disable:
         log.info("backfill.done", mirror=name, keys=marked, took_seconds=round(time.monotonic() - started, 1))
+
+
+@app.command()
+def replay(
+    hours: Annotated[
+        float,
+        typer.Argument(
+            help="How far back: to the beginning of the transaction that changed it, so ask for more.", min=0, max=8760
+        ),
+    ],
+    mirror: Annotated[str | None, typer.Argument(help="Only this mirror; otherwise all of them.")] = None,
+) -> None:
+    """Mark what changed within the last hours once more, so that the worker delivers it again.
+
+    For a Convex that was set back or edited by hand not long ago. It goes back as far as the log does: what has been
+    acknowledged stays in it for CDC_RETENTION_HOURS. For more than that there is `backfill`.
+    """
+    settings, mirrors = _start()
+    chosen = _chosen(mirrors, mirror)
+    asyncio.run(_with_database(settings, lambda database: _replay(database, chosen, hours)))
+
+
+async def _replay(database: Database, mirrors: Sequence[Mirror], hours: float) -> None:
+    ids = await _ids(database, mirrors)
+    done = await mark_again(database, [ids[mirror.name] for mirror in mirrors], hours)
+    log.info("replay.marked", keys=done.keys, since=f"{done.since:%Y-%m-%dT%H:%M:%SZ}")
+    if done.log_begins is not None and done.log_begins > done.since:
+        log.warning(
+            "replay.cut_short",
+            log_begins=f"{done.log_begins:%Y-%m-%dT%H:%M:%SZ}",
+            cure="the log has nothing from before; if anything changed then, `cdc-worker backfill` finds it",
+        )
 
 
 parked = typer.Typer(

@@ -104,7 +104,7 @@ class Settings(ConvexSettings):
     backoff_seconds: Annotated[float, Field(validation_alias="CDC_BACKOFF_SECONDS", ge=0.05, le=300)] = 30.0
     # One statement of the worker in Postgres.
     statement_seconds: Annotated[float, Field(validation_alias="CDC_STATEMENT_SECONDS", ge=0.1, le=600)] = 20.0
-    # How long acknowledged changes stay in the log at least, so that moving a checkpoint back replays them.
+    # How long acknowledged changes stay in the log at least, for `cdc-worker replay`.
     retention_hours: Annotated[float, Field(validation_alias="CDC_RETENTION_HOURS", ge=0.01, le=720)] = 4.0
     # The log turns to its next partition early when one is larger than this; it has three.
     partition_bytes: Annotated[int, Field(validation_alias="CDC_PARTITION_BYTES", ge=65_536)] = 268_435_456

@@ -79,6 +79,45 @@ def test_backfill_of_what_there_is_not_is_refused(command: Command) -> None:
     assert 'there is no mirror "nope" (there are: check-ins, status)' in done.stderr
 
 
+def test_replay_marks_once_more_what_changed_within_the_hours(db: Database, command: Command) -> None:
+    db.execute(
+        """insert into "CheckIn" select 'old' || n, 'u1', null, null, now() from generate_series(1, 3) as n;
+        update cdc.outbox set at = now() - interval '2 hours'"""
+    )
+    db.execute("""insert into "CheckIn" select 'c' || n, 'u1', null, null, now() from generate_series(1, 200) as n""")
+    db.execute("""update "CheckIn" set note = 'twice' where id = 'c7'""")
+    db.execute("""insert into "User" values ('u1', 'Ada')""")
+    db.execute("update cdc.checkpoint set position = pg_current_snapshot()")
+    before = sorted(db.execute("select mirror, key from cdc.dirty_key where at > now() - interval '1 hour'"))
+    assert before
+
+    done = command("replay", "1")
+    assert done.returncode == 0, done.stderr
+    again = db.execute(
+        "select mirror, key from cdc.dirty_key, cdc.checkpoint where not pg_visible_in_snapshot(xid, position)"
+    )
+    assert sorted(again) == sorted(set(before)), "each key once, and no older one"
+    assert line(done, "replay.marked")[0]["keys"] == len(again)
+    assert not line(done, "replay.cut_short")
+
+    # What replay has marked is in the log as well, and is no reason to go on for ever.
+    db.execute("update cdc.checkpoint set position = pg_current_snapshot()")
+    done = command("replay", "30", "status")
+    statuses = db.execute(
+        "select key from cdc.dirty_key, cdc.checkpoint where not pg_visible_in_snapshot(xid, position)"
+    )
+    assert set(statuses) == {("u1",)}
+    assert line(done, "replay.cut_short")
+
+
+def test_replay_repeats_a_rescan_too(db: Database, command: Command) -> None:
+    db.execute('truncate "CheckIn"')
+    db.execute("update cdc.checkpoint set position = pg_current_snapshot()")
+    command("replay", "1", "check-ins")
+    again = db.execute("select key from cdc.dirty_key, cdc.checkpoint where not pg_visible_in_snapshot(xid, position)")
+    assert again == [(None,)]
+
+
 @pytest.mark.one_postgres
 async def test_parked_keys_are_listed_retried_and_dropped(
     db: Database, command: Command, fresh_convex: LocalConvex

@@ -10,7 +10,9 @@ import pytest
 from aiohttp import web
 from convex.http_client import ConvexHttpClient
 
+from cdc_worker.database import Database as Pool
 from cdc_worker.mirrors import Mirror
+from cdc_worker.replay import replay
 from dev import local_convex as convex
 from tests.integration.application import CHECK_INS, STATUS, TABLES, Database
 from tests.integration.interposed import (
@@ -264,6 +266,12 @@ async def test_documents_that_were_edited_or_removed_by_hand(
             await asyncio.to_thread(hand.mutation, "hand:remove", {})
             assert seen() == ([], None)
             change(5)
+            await eventually(seen, (["note 5"], 5000.0))
+
+            # Without a change of the row: a replay, as the command makes it.
+            await asyncio.to_thread(hand.mutation, "hand:remove", {})
+            async with Pool(database, statement_seconds=5) as pool:
+                await replay(pool, [number for (number,) in db.execute("select id from cdc.mirror")], hours=1)
             await eventually(seen, (["note 5"], 5000.0))
 
             # What is gone already is no obstacle to its own delete, nor to coming back.
