@@ -102,17 +102,19 @@ class History:
     def check(self) -> list[Difference]:
         """What went back in time, or was never true."""
         for key, seen in self._seen.items():
-            place = 0
+            place, before = 0, seen.contents[0]
             for number, content in enumerate(seen.contents):
                 if number in seen.excused:
                     continue
-                following = self._first_with(key, content, place)
+                # A state that could not be read is one state: it held one content.
+                used_up = content != before and key[0] in self._states[place][1]
+                following = self._first_with(key, content, place + used_up)
                 if following is None:
                     ever = self._first_with(key, content, 0) is not None
                     says = f"back to {content}" if ever else f"{content}, which Postgres never held"
                     self.wrong.append(Difference("stale", f"{_name(key)}: for a while {says}"))
                     break
-                place = following
+                place, before = following, content
         return self.wrong
 
     def _first_with(self, key: Key, content: Content | None, start: int) -> int | None:

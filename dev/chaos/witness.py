@@ -60,8 +60,8 @@ class Witness:
     async def note_state(self, connection: AsyncConnection) -> None:
         """The application has committed: another state that Convex may show.
 
-        A table that somebody is about to truncate cannot be read. The worker, who waits for it longer than we do, reads it
-        in the end as it was when he began to wait: a state that we may never see. `connection` gives up soon.
+        A table that somebody is about to truncate cannot be read. The worker, who waits for it longer than we do, reads
+        in the end what was when he began to wait: a state that we may never see. `connection` gives up soon.
         """
         unread = []
         for mirror in application.MIRROR_NAMES:
