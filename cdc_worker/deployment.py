@@ -11,6 +11,7 @@ drips holds them for as long as it likes.
 """
 
 import json
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -23,14 +24,16 @@ from convex import ConvexError
 
 Kind = Literal["query", "mutation"]
 
-_CURES = {
+# By the code in the answer, where the status (400) says less, or by the status.
+_CURES: Mapping[str | int, str] = {
+    "InvalidAdminKey": "is CONVEX_DEPLOY_KEY whole?",
     401: "CONVEX_DEPLOY_KEY does not belong to this deployment",
     403: "CONVEX_DEPLOY_KEY may not do this: make a new deploy key in the dashboard",
     404: "there is no deployment at CONVEX_URL",
 }
 # These may be about the one request, or about all of them: whoever sent it finds out.
 _REFUSALS = {
-    400: "is CONVEX_DEPLOY_KEY whole?",
+    400: "the request is not as Convex wants it",
     413: "a proxy in front of CONVEX_URL takes no request of this size",
 }
 
@@ -122,11 +125,12 @@ def _decode(status: int, text: bytes) -> Any:
             raise FunctionFailed(message)
         raise Transient(f"HTTP {status} with an unknown status field")
     code = answer.get("code") if isinstance(answer, dict) else None
-    said = f"HTTP {status}{f' {code}' if isinstance(code, str) and code.isalnum() else ''}"
+    code = code if isinstance(code, str) and code.isalnum() else ""
+    said = f"HTTP {status} {code}".strip()
+    if cure := _CURES.get(code if code in _CURES else status):
+        raise Misconfigured(f"{said}: {cure}")
     if status in _REFUSALS:
         raise FunctionFailed(f"{said}: {_REFUSALS[status]}")
-    if status in _CURES:
-        raise Misconfigured(f"{said}: {_CURES[status]}")
     if 300 <= status < 400:
         raise Misconfigured(f"{said}: CONVEX_URL is redirected; give the deployment's own address")
     if status in {429, 503}:  # too many at once, or a conflict that Convex' own retries did not solve
