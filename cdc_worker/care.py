@@ -9,7 +9,7 @@ import psycopg
 import structlog
 
 from cdc_worker import backfill
-from cdc_worker.catalog import uncaptured
+from cdc_worker.catalog import Gaps, find_gaps
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.database import Database, first_lines, is_gone
 from cdc_worker.deployment import Deployment
@@ -68,8 +68,8 @@ class Care:
         self._noted_saves = checkpoint.saves
         self._config = config
         self._soon = asyncio.Event()
-        # Tables last seen without triggers.
-        self._bare: list[str] = []
+        # Tables last seen without triggers, or with some that had been off.
+        self._gaps = Gaps([], [])
 
     async def note_rescans(self, mirror_ids: set[int]) -> None:
         """The log asks for rescans: noted in the database, so that the log's rows may be acknowledged."""
@@ -129,14 +129,19 @@ class Care:
 
     async def _look_at_triggers(self) -> None:
         """A table that was made anew, or a new partition, has none: said when it is seen, and again when it changes."""
-        bare = await uncaptured(self._database, self._config)
-        if bare and bare != self._bare:
-            log.error("capture.missing", tables=bare, cure="run `cdc-worker migrate`, then `cdc-worker backfill`")
-        if not set(self._bare) <= set(bare):
-            # A restore makes triggers last. What came before them was captured by nobody.
-            log.warning("capture.restored", tables=self._bare, cure="none needed: every row is looked at again")
+        gaps = await find_gaps(self._database, self._config)
+        if gaps.bare and gaps.bare != self._gaps.bare:
+            log.error("capture.missing", tables=gaps.bare, cure="run `cdc-worker migrate`, then `cdc-worker backfill`")
+        again = {*self._gaps.bare, *gaps.reenabled} - {*gaps.bare, *self._gaps.reenabled}
+        if again:
+            # What came before them was captured by nobody: a restore makes triggers last, or disables them meanwhile.
+            log.warning(
+                "capture.restored",
+                tables=sorted(again),
+                cure="every row is looked at again; run `cdc-worker migrate`, so that it is noticed the next time, too",
+            )
             await backfill.request_all(self._database, "a source had no triggers")
-        self._bare = bare
+        self._gaps = gaps
 
     async def _note_saves(self) -> None:
         """Each side is told now and then how far the other was: who was set back since then is found out by it."""

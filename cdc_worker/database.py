@@ -186,12 +186,13 @@ async def begin(
 ) -> list[Row]:
     """Starts a transaction with its deadlines, and a `first` statement: its rows. All in one round trip.
 
-    The last deadline is for a worker that vanishes with its machine: what it locked is not locked for hours.
+    The last deadline is for a worker that vanishes with its machine: what it locked is not locked for hours. A policy
+    that hides rows is an error (row_security): a row that is not seen would pass for one that is not there.
     """
     milliseconds = int(statement_seconds * 1000)
     cursor = await connection.execute(
         f"begin {mode}; set local statement_timeout = {milliseconds}; "
-        f"set local lock_timeout = '{_LOCK_TIMEOUT}'; set local jit = off; "
+        f"set local lock_timeout = '{_LOCK_TIMEOUT}'; set local jit = off; set local row_security = off; "
         f"set local idle_in_transaction_session_timeout = {2 * milliseconds + int(_GRACE_SECONDS * 1000)}; {first}"
     )
     while cursor.nextset():

@@ -62,7 +62,7 @@ on conflict (mirror) do update set
     reason = excluded.reason, requested_at = now(), finished_at = null
 """
 _CAPTURED = """
-select t.tgrelid, n.nspname, c.relname, t.tgname, case when t.tgenabled in ('A', 'O') then p.proname else '' end
+select t.tgrelid, n.nspname, c.relname, t.tgname, case when t.tgenabled = 'A' then p.proname else '' end
 from pg_trigger t
 join pg_proc p on p.oid = t.tgfoid join pg_namespace pn on pn.oid = p.pronamespace
 join pg_class c on c.oid = t.tgrelid join pg_namespace n on n.oid = c.relnamespace

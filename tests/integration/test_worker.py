@@ -677,6 +677,26 @@ async def test_any_json_arrives(db: Database, work: Work, mirrored: Mirrored, us
             assert json.loads(found[what]) == json.loads(NASTY[what])
 
 
+async def test_rows_that_a_policy_hides_are_not_taken_for_deleted(
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    check_in(db, user, "1", "here")
+    async with work() as running:
+        await eventually(lambda: mirrored.descriptions(user), ["here"])
+        db.execute(
+            """alter table "CheckIn" enable row level security, force row level security;
+            create policy own on "CheckIn" using ("userId" = current_setting('app.user', true))"""
+        )
+        db.execute("select set_config('app.user', %s, false)", user)
+        db.execute("""update "CheckIn" set note = 'changed'""")
+        assert "row-level security" in (await running.said("mirror.broken"))["cause"]
+        await running.said("key.parked")
+        assert mirrored.descriptions(user) == ["here"]
+        db.execute("""alter table "CheckIn" no force row level security""")
+        await eventually(lambda: mirrored.descriptions(user), ["changed"])
+        await running.said("key.settled")
+
+
 async def test_a_key_of_another_shape_than_before_is_no_obstacle(db: Database, work: Work, mirrored: Mirrored) -> None:
     # The documents under the old keys are in Convex, and so are their names in the log.
     name = f"shape-{uuid.uuid4().hex[:8]}"
