@@ -15,13 +15,13 @@ log = structlog.get_logger()
 _PARK = """
 insert into cdc.parked_key (mirror, key, class, reason)
 select m, k, c, r from unnest($1::int2[], $2::text[], $3::text[], $4::text[]) as new (m, k, c, r)
-on conflict (mirror, key) do update set
+on conflict (mirror, cdc.digest(key)) do update set
     class = excluded.class, reason = excluded.reason,
     attempts = cdc.parked_key.attempts + 1, last_at = clock_timestamp()
 """
 _SETTLE = """
 delete from cdc.parked_key p using unnest($1::int2[], $2::text[]) as good (m, k)
-where p.mirror = m and p.key = k returning 1
+where p.mirror = m and cdc.digest(p.key) = cdc.digest(k) and p.key = k returning 1
 """
 _COUNT = "select count(*) from cdc.parked_key"
 _RETRY = """

@@ -677,6 +677,29 @@ async def test_any_json_arrives(db: Database, work: Work, mirrored: Mirrored, us
             assert json.loads(found[what]) == json.loads(NASTY[what])
 
 
+async def test_a_parked_key_that_is_longer_than_an_index_row_stops_nobody(
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    mirror = mirrors[0].model_copy(update={"query": mirrors[0].query.replace("coalesce(note, 'Checked in')", "note")})
+    db.execute('alter table "CheckIn" drop constraint "CheckIn_pkey"')
+    db.migrate([mirror])
+    # Random, so that nothing makes them short.
+    long = "".join(uuid.uuid4().hex for _ in range(500))
+    async with work([mirror]) as running:
+        for end in ("a", "b"):
+            check_in(db, user, long + end)
+        check_in(db, user, "good", "good")
+        await eventually(lambda: mirrored.descriptions(user), ["good"])
+        parked = "select count(*), sum(attempts) from cdc.parked_key"
+        await eventually(lambda: db.execute(parked), [(2, 2)])
+        db.execute("""update "CheckIn" set "createdAt" = now() where note is null""")
+        await eventually(lambda: db.execute(parked), [(2, 4)])
+        db.execute("""update "CheckIn" set note = 'mended' where note is null""")
+        await eventually(lambda: db.execute(parked), [(0, None)])
+        await eventually(lambda: mirrored.descriptions(user), ["good", "mended", "mended"])
+        assert running.log.of("database.refuses") == []
+
+
 async def test_rows_that_a_policy_hides_are_not_taken_for_deleted(
     mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
 ) -> None:
