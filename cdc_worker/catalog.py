@@ -150,7 +150,10 @@ async def _check_source(connection: Connection, mirror: Mirror, source: Source, 
     columns: dict[str, int] = {name: kind for name, kind, _ in found}
     missing = [name for name in (*source.key, *source.watch) if name not in columns]
     if missing:
-        raise _wrong(mirror, f"table {source.table} has no column {', '.join(missing)} (it has {', '.join(columns)})")
+        quoted = "; write it without double quotes" if any('"' in name for name in missing) else ""
+        raise _wrong(
+            mirror, f"table {source.table} has no column {', '.join(missing)} (it has {', '.join(columns)}){quoted}"
+        )
     virtual = [name for name, _, is_virtual in found if is_virtual and name in {*source.key, *source.watch}]
     if virtual:  # Postgres lets no trigger read one: each write of the application would fail
         raise _wrong(
