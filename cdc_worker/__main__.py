@@ -19,7 +19,7 @@ from rich.text import Text
 from cdc_worker import backfill as rescans
 from cdc_worker import parking
 from cdc_worker.catalog import check
-from cdc_worker.database import Database, first_lines, is_gone
+from cdc_worker.database import Database, cause, is_gone
 from cdc_worker.errors import CdcError, ConfigError, SchemaError
 from cdc_worker.logs import configure_logs
 from cdc_worker.migrate import migrate as bring_up_to_date
@@ -244,7 +244,7 @@ def main() -> None:
         if is_gone(error):
             # libpq's text names host, port and role; never the password.
             _refuse(f"the database is out of reach: {str(error).strip().splitlines()[0]}", 1)
-        _refuse(f"Postgres refuses: {first_lines(error)}{_cure(error)}", 1)
+        _refuse(f"Postgres refuses: {cause(error)}{_cure(error)}", 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

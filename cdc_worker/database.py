@@ -220,3 +220,15 @@ def is_gone(error: psycopg.Error) -> bool:
 def first_lines(error: psycopg.Error) -> str:
     """What Postgres says, without DETAIL and CONTEXT: those can quote rows."""
     return error.diag.message_primary or type(error).__name__
+
+
+# Classes of errors that are about statements, rights and resources. Of others the message can quote a value: data that
+# cannot be cast, a constraint, what a function raises.
+_QUOTES_NOTHING = ("08", "0A", "25", "28", "40", "42", "53", "54", "55", "57", "58")
+
+
+def cause(error: psycopg.Error) -> str:
+    """What Postgres says of a statement that has seen rows, as far as that may stand in a log."""
+    if (error.sqlstate or "").startswith(_QUOTES_NOTHING):
+        return first_lines(error)
+    return f"{type(error).__name__} ({error.sqlstate})"

@@ -15,7 +15,7 @@ import psycopg
 import structlog
 
 from cdc_worker.allotment import Allotment, Standing, fair_part
-from cdc_worker.database import GONE, Database
+from cdc_worker.database import GONE, Database, cause
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import ConfigError, Fenced, SchemaError
 from cdc_worker.liveness import Liveness
@@ -260,6 +260,5 @@ def _cause(group: BaseExceptionGroup[BaseException]) -> str:
     error = _first(group)
     if isinstance(error, psycopg.Error):
         # Of a failed connection there is no diagnosis, and the text names host and role, not the password.
-        text = error.diag.message_primary or str(error).split("\n", 1)[0]
-        return text or type(error).__name__
+        return cause(error) if error.sqlstate else str(error).split("\n", 1)[0] or type(error).__name__
     return str(error) or type(error).__name__

@@ -686,6 +686,7 @@ async def test_a_parked_key_that_is_longer_than_an_index_row_stops_nobody(
     # Random, so that nothing makes them short.
     long = "".join(uuid.uuid4().hex for _ in range(500))
     async with work([mirror]) as running:
+        await running.said("backfill.done")
         for end in ("a", "b"):
             check_in(db, user, long + end)
         check_in(db, user, "good", "good")
@@ -698,6 +699,37 @@ async def test_a_parked_key_that_is_longer_than_an_index_row_stops_nobody(
         await eventually(lambda: db.execute(parked), [(0, None)])
         await eventually(lambda: mirrored.descriptions(user), ["good", "mended", "mended"])
         assert running.log.of("database.refuses") == []
+
+
+async def test_a_rescan_that_fails_holds_up_no_other_and_quotes_no_row(
+    db: Database, work: Work, mirrored: Mirrored
+) -> None:
+    good, bad = rows_of("good", name=f"good-{uuid.uuid4().hex[:8]}"), rows_of("bad", name=f"bad-{uuid.uuid4().hex[:8]}")
+    bad = bad.model_copy(update={"query": f"{bad.query} where note::int > 0"})
+    db.execute("create table bad (id text, note text); insert into bad values ('1', 's3cret')")
+    db.execute("create table good (id text); insert into good values ('1')")
+    db.migrate([bad])
+    db.migrate([bad, good])
+    async with work([bad, good]) as running:
+        await eventually(lambda: mirrored.keys(good.name), ["1"])
+        failed = await running.said("care.failed")
+        assert failed["cause"] == f'rescan of mirror "{bad.name}": InvalidTextRepresentation (22P02)'
+        db.execute("update bad set note = '2'")
+        await eventually(lambda: mirrored.keys(bad.name), ["1"])
+        assert "s3cret" not in str(running.log.lines)
+
+
+async def test_a_column_that_is_gone_is_not_said_with_each_write(db: Database, work: Work, mirrored: Mirrored) -> None:
+    mirror = rows_of("t", name=f"gone-{uuid.uuid4().hex[:8]}", watch=("note",))
+    db.execute("create table t (id text, note text)")
+    db.migrate([mirror])
+    async with work([mirror]) as running:
+        await running.said("backfill.done")
+        db.execute("alter table t drop column note")
+        for key in ("1", "2", "3"):
+            db.execute("insert into t values (%s)", key)
+            await eventually(lambda: mirrored.keys(mirror.name)[-1:], [key])
+        assert len(running.log.of("capture.rescan")) == 1
 
 
 async def test_rows_that_a_policy_hides_are_not_taken_for_deleted(
