@@ -10,6 +10,7 @@ the error class are the package's.
 drips holds them for as long as it likes.
 """
 
+import io
 import json
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -33,6 +34,7 @@ _REFUSALS = {
     400: "is CONVEX_DEPLOY_KEY whole?",
     413: "a proxy in front of CONVEX_URL takes no request of this size",
 }
+_LARGE_BODY_BYTES = 1_048_576
 
 
 class Deployment:
@@ -80,8 +82,10 @@ class Deployment:
         """
         assert self._session is not None, "use `async with`"
         body = b'{"path":"%s","format":"convex_encoded_json","args":%s}' % (path.encode(), args)
+        # A large body as bytes makes aiohttp warn, which a process that takes warnings for errors would die of.
+        data = body if len(body) <= _LARGE_BODY_BYTES else io.BytesIO(body)
         try:
-            async with self._session.post(f"{self.url}/api/{kind}", data=body, allow_redirects=False) as response:
+            async with self._session.post(f"{self.url}/api/{kind}", data=data, allow_redirects=False) as response:
                 text = await response.read()
                 status = response.status
         except aiohttp.InvalidURL:

@@ -677,6 +677,14 @@ async def test_any_json_arrives(db: Database, work: Work, mirrored: Mirrored, us
             assert json.loads(found[what]) == json.loads(NASTY[what])
 
 
+async def test_a_document_that_just_fits_arrives(db: Database, work: Work, mirrored: Mirrored, user: str) -> None:
+    """A request that is a little larger than one document may be."""
+    note = "x" * 1_048_200
+    check_in(db, user, "1", note)
+    async with work():
+        await eventually(lambda: mirrored.descriptions(user), [note])
+
+
 async def test_a_parked_key_that_is_longer_than_an_index_row_stops_nobody(
     mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
 ) -> None:
