@@ -184,7 +184,8 @@ def parked_list(
     for each in keys:
         table.add_row(
             each.mirror,
-            Text(each.key),
+            # What users of the application wrote must not speak to the terminal.
+            Text(each.key if each.key.isprintable() else each.key.encode("unicode_escape").decode()),
             each.kind,
             Text(each.reason),
             str(each.attempts),

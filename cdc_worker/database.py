@@ -211,10 +211,13 @@ async def fetch_one(connection: Connection, statement: LiteralString, *params: A
 
 
 def is_gone(error: psycopg.Error) -> bool:
-    """It is the database, rather than the statement: one that was cut off, or waited for a lock, is not."""
-    return isinstance(error, GONE) and not isinstance(
-        error, psycopg.errors.QueryCanceled | psycopg.errors.LockNotAvailable
-    )
+    """It is the database, rather than the statement.
+
+    One that was cut off, waited for a lock, or passed a limit of Postgres (1 GB, the stack) is not: it would again.
+    """
+    of_the_statement = psycopg.errors.QueryCanceled | psycopg.errors.LockNotAvailable
+    passed_a_limit = (error.sqlstate or "").startswith("54")
+    return isinstance(error, GONE) and not isinstance(error, of_the_statement) and not passed_a_limit
 
 
 def first_lines(error: psycopg.Error) -> str:

@@ -106,6 +106,13 @@ async def test_parked_keys_are_listed_retried_and_dropped(
         assert "bad" in listed.stdout
         assert "description is null" in listed.stdout
         assert "fine" not in listed.stdout
+        db.execute(
+            "insert into cdc.parked_key select id, E'\\x1b[2J\\n', 'row', 'x' from cdc.mirror where name = 'status'"
+        )
+        listed = command("parked", "list", "--mirror", "status")
+        assert r"\x1b[2J\n" in listed.stdout
+        assert "\x1b" not in listed.stdout
+        command("parked", "drop", "--mirror", "status", "--yes")
         assert "Nothing is parked." in command("parked", "list", "--mirror", "status").stdout
         for word in ("list", "retry", "drop"):
             refused = command("parked", word, "--mirror", "statsu", *(["--yes"] if word == "drop" else []))

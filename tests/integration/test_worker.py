@@ -685,6 +685,27 @@ async def test_a_document_that_just_fits_arrives(db: Database, work: Work, mirro
         await eventually(lambda: mirrored.descriptions(user), [note])
 
 
+@pytest.mark.parametrize("state", ["54000", "54001"])
+async def test_a_row_that_passes_a_limit_of_postgres_is_parked_alone(  # noqa: PLR0917  # fixtures
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str, state: str
+) -> None:
+    """A text whose JSON passes 1 GB, a value that is nested too deep for the stack: nothing that ends by waiting."""
+    db.execute(
+        f"""create function checked(note text) returns text language plpgsql as $$ begin
+            if note = 'bad' then raise exception 'too much' using errcode = '{state}'; end if; return note;
+        end $$"""
+    )
+    mirror = mirrors[0].model_copy(
+        update={"query": mirrors[0].query.replace("coalesce(note,", "coalesce(checked(note),")}
+    )
+    db.migrate([mirror])
+    async with work([mirror]):
+        for note in ("bad", "good"):
+            check_in(db, user, note, note)
+        await eventually(lambda: mirrored.descriptions(user), ["good"])
+        await eventually(lambda: db.execute("select key, class from cdc.parked_key"), [(f"{user}-bad", "row")])
+
+
 async def test_a_parked_key_that_is_longer_than_an_index_row_stops_nobody(
     mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
 ) -> None:
