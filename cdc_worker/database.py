@@ -26,6 +26,8 @@ _CONNECT_SECONDS = 10
 # What the connection string says goes before these. A dead peer is noticed within about 30 s even without a statement.
 _DEFAULTS = {
     "application_name": "cdc_worker",
+    # Whatever the role is set to: a key that another one lacks a character for could not be read.
+    "client_encoding": "UTF8",
     "connect_timeout": str(_CONNECT_SECONDS),
     "keepalives_idle": "10",
     "keepalives_interval": "5",

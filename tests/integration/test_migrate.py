@@ -425,6 +425,16 @@ def test_a_role_that_is_set_to_read_only_is_refused(postgres_server: postgres.Se
         assert nothing_was_made(db)
 
 
+def test_a_database_without_an_encoding_is_refused(postgres_server: postgres.Server) -> None:
+    with postgres_server.admin() as superuser:
+        superuser.execute("create database bytes owner application encoding 'SQL_ASCII' template template0 locale 'C'")
+    try:
+        with pytest.raises(SchemaError, match="the encoding SQL_ASCII"):
+            migrate_now(postgres_server.dsn("bytes"), [rows_of("t")])
+    finally:
+        postgres.drop_database(postgres_server, "bytes")
+
+
 @pytest.mark.one_postgres
 def test_a_standby_is_refused(postgres_flavour: postgres.Flavour) -> None:
     with postgres.start(postgres_flavour) as server:

@@ -677,6 +677,37 @@ async def test_any_json_arrives(db: Database, work: Work, mirrored: Mirrored, us
             assert json.loads(found[what]) == json.loads(NASTY[what])
 
 
+async def test_what_the_role_is_set_to_changes_nothing(
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    """Writer and worker alike. The key has characters that the role's encoding lacks, and some that are quoted."""
+    name = db.dsn.rsplit("/", 1)[1]
+    for setting in (
+        *("client_encoding = 'latin1'", "standard_conforming_strings = off", "array_nulls = off", "search_path = ''"),
+        *("datestyle = 'SQL, DMY'", "timezone = 'Asia/Kathmandu'", "bytea_output = 'escape'", "row_security = off"),
+        *("transform_null_equals = on", "extra_float_digits = -15", "plan_cache_mode = force_generic_plan"),
+    ):
+        db.execute(f"alter database {name} set {setting}")
+    mirror = mirrors[0].model_copy(
+        update={
+            "query": mirrors[0].query.replace('"CheckIn"', 'public."CheckIn"'),
+            "sources": (Source(table='public."CheckIn"', key=("id",)),),
+        }
+    )
+    key = f"""{user} \u20ac \\ ' " {{}} , null"""
+    with Database(db.dsn) as writer:
+        writer.migrate([mirror])
+        async with work([mirror]) as running:
+            await running.said("backfill.done")
+            writer.execute("set client_encoding = utf8")
+            for note in ("one", "two"):
+                writer.execute("""delete from public."CheckIn\"""")
+                writer.execute("""insert into public."CheckIn" values (%s, %s, %s, null, now())""", key, user, note)
+                await eventually(lambda: mirrored.descriptions(user), [note])
+            assert mirrored.keys(mirror.name) == [key]
+            assert [line for line in running.log.lines if line["level"] in {"warning", "error"}] == []
+
+
 async def test_a_document_that_just_fits_arrives(db: Database, work: Work, mirrored: Mirrored, user: str) -> None:
     """A request that is a little larger than one document may be."""
     note = "x" * 1_048_200
