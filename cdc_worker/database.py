@@ -189,7 +189,7 @@ async def begin(
     """Starts a transaction with its deadlines, and a `first` statement: its rows. All in one round trip.
 
     The last deadline is for a worker that vanishes with its machine: what it locked is not locked for hours. A policy
-    that hides rows is an error (row_security): a row that is not seen would pass for one that is not there.
+    that hides rows is an error (docs/decisions/0040-a-hidden-row-is-an-error.md).
     """
     milliseconds = int(statement_seconds * 1000)
     cursor = await connection.execute(
