@@ -36,6 +36,7 @@ where c.oid = to_regclass($1)
 _COLUMNS = """
 select a.attname, coalesce(nullif(t.typbasetype, 0), t.oid)::int8, a.attgenerated = 'v'
 from pg_attribute a join pg_type t on t.oid = a.atttypid where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped
+order by a.attnum
 """
 _UNCAPTURED = """
 with recursive family (oid) as (

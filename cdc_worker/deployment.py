@@ -27,7 +27,7 @@ Kind = Literal["query", "mutation"]
 _CURES = {
     401: "CONVEX_DEPLOY_KEY does not belong to this deployment",
     403: "CONVEX_DEPLOY_KEY may not do this: make a new deploy key in the dashboard",
-    404: "there is no deployment at CONVEX_URL (it ends in .convex.cloud, not in .convex.site)",
+    404: "there is no deployment at CONVEX_URL (in the cloud it ends in .convex.cloud, not in .convex.site)",
 }
 # These may be about the one request, or about all of them: whoever sent it finds out.
 _REFUSALS = {
