@@ -251,9 +251,9 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 def _answered(group: BaseExceptionGroup[BaseException]) -> bool:
-    """Postgres is there, and says what it lacks (a disk, memory), rather than that it goes away."""
+    """Postgres is there, and says what it lacks (a disk, memory) or refuses, rather than that it goes away."""
     error = _first(group)
-    return isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith(("53", "54", "58"))
+    return isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith(("40", "53", "54", "58"))
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> str:
