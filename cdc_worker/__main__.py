@@ -19,7 +19,7 @@ from rich.text import Text
 from cdc_worker import backfill as rescans
 from cdc_worker import parking
 from cdc_worker.catalog import check
-from cdc_worker.database import Database
+from cdc_worker.database import Database, cause, is_gone
 from cdc_worker.errors import CdcError, ConfigError, SchemaError
 from cdc_worker.logs import configure_logs
 from cdc_worker.migrate import migrate as bring_up_to_date
@@ -228,7 +228,8 @@ def parked_list(
     for each in keys:
         table.add_row(
             each.mirror,
-            Text(each.key),
+            # What users of the application wrote must not speak to the terminal.
+            Text(each.key if each.key.isprintable() else each.key.encode("unicode_escape").decode()),
             each.kind,
             Text(each.reason),
             str(each.attempts),
@@ -269,6 +270,7 @@ async def _with_database(settings: Settings, work: Callable[[Database], Awaitabl
     async with Database(
         settings.database_url.get_secret_value(), statement_seconds=settings.statement_seconds
     ) as database:
+        await database.reopen()  # says why there is no connection; the pool only says that there is none
         try:
             return await work(database)
         except psycopg.errors.UndefinedTable:
@@ -283,11 +285,21 @@ def main() -> None:
         _refuse(str(error), _EXIT_CONFIG)
     except CdcError as error:
         _refuse(str(error), 1)
-    except psycopg.OperationalError as error:
-        # libpq's text names host, port and role; never the password.
-        _refuse(f"the database is out of reach: {str(error).strip().splitlines()[0]}", 1)
+    except psycopg.Error as error:
+        if is_gone(error):
+            # libpq's text names host, port and role; never the password.
+            _refuse(f"the database is out of reach: {str(error).strip().splitlines()[0]}", 1)
+        _refuse(f"Postgres refuses: {cause(error)}{_cure(error)}", 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _cure(error: psycopg.Error) -> str:
+    if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        return " (use the role that ran `cdc-worker migrate`)"
+    if isinstance(error, psycopg.errors.QueryCanceled):
+        return " (CDC_STATEMENT_SECONDS is the limit)"
+    return ""
 
 
 def _refuse(text: str, status: int) -> None:

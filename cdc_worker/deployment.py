@@ -10,6 +10,7 @@ the error class are the package's.
 drips holds them for as long as it likes.
 """
 
+import io
 import json
 from collections.abc import Mapping
 from types import TracebackType
@@ -29,13 +30,14 @@ _CURES: Mapping[str | int, str] = {
     "InvalidAdminKey": "is CONVEX_DEPLOY_KEY whole?",
     401: "CONVEX_DEPLOY_KEY does not belong to this deployment",
     403: "CONVEX_DEPLOY_KEY may not do this: make a new deploy key in the dashboard",
-    404: "there is no deployment at CONVEX_URL",
+    404: "there is no deployment at CONVEX_URL (in the cloud it ends in .convex.cloud, not in .convex.site)",
 }
 # These may be about the one request, or about all of them: whoever sent it finds out.
 _REFUSALS = {
     400: "the request is not as Convex wants it",
     413: "a proxy in front of CONVEX_URL takes no request of this size",
 }
+_LARGE_BODY_BYTES = 1_048_576
 
 
 class Deployment:
@@ -83,8 +85,10 @@ class Deployment:
         """
         assert self._session is not None, "use `async with`"
         body = b'{"path":"%s","format":"convex_encoded_json","args":%s}' % (path.encode(), args)
+        # A large body as bytes makes aiohttp warn, which a process that takes warnings for errors would die of.
+        data = body if len(body) <= _LARGE_BODY_BYTES else io.BytesIO(body)
         try:
-            async with self._session.post(f"{self.url}/api/{kind}", data=body, allow_redirects=False) as response:
+            async with self._session.post(f"{self.url}/api/{kind}", data=data, allow_redirects=False) as response:
                 text = await response.read()
                 status = response.status
         except aiohttp.InvalidURL:

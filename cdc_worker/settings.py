@@ -21,19 +21,30 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from cdc_worker.errors import ConfigError
 
+# What Prisma takes out of a connection string for itself, and Postgres' own library refuses.
+_PRISMA = {
+    *("schema", "connection_limit", "pool_timeout", "pgbouncer", "socket_timeout", "statement_cache_size"),
+    *("sslaccept", "sslidentity", "sslpassword"),
+}
+
 
 def _conninfo(value: SecretStr) -> SecretStr:
+    dsn = value.get_secret_value().strip()
     try:
-        conninfo_to_dict(value.get_secret_value())
+        conninfo_to_dict(dsn)
     except psycopg.Error:
         # The driver's message quotes the string, which holds the password.
+        given = {part.partition("=")[0] for part in dsn.rpartition("?")[2].split("&")}
+        if found := sorted(given & _PRISMA):
+            raise ValueError(f"has what only Prisma knows: take {', '.join(found)} out of it") from None
         raise ValueError("is no connection string: give postgres://user:password@host:port/database") from None
-    return value
+    return SecretStr(dsn)
 
 
 def _http_url(value: str) -> str:
+    value = value.strip()
     parts = urlsplit(value)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
+    if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
         raise ValueError("must be an address like https://happy-otter-123.convex.cloud")
     return value.rstrip("/")  # a trailing slash would give 404
 
@@ -156,6 +167,8 @@ def _refusal(kind: type[ConvexSettings], problem: Mapping[str, Any]) -> str:
     name = alias if isinstance(alias, str) else place.upper()
     if problem["type"] == "missing":
         return f"{name} is not set"
-    secret = name.endswith(("DATABASE_URL", "KEY"))
-    value = "" if secret else f" (it is {problem.get('input')!r})"
+    given = str(problem.get("input"))
+    # An address may have a password in it, too.
+    secret = name.endswith(("DATABASE_URL", "KEY")) or "@" in given
+    value = "" if secret else f" (it is {given!r})"
     return f"{name}: {problem['msg'].removeprefix('Value error, ')}{value}"

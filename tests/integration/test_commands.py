@@ -1,13 +1,16 @@
 """`backfill` and `parked`, as a person calls them."""
 
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import psycopg
 import pytest
 
+from dev import postgres
 from dev.local_convex import LocalConvex
 from tests.integration.application import CHECK_INS, MIRRORS, TABLES, Database, toml
 from tests.integration.mirrored import Mirrored, eventually
@@ -142,7 +145,18 @@ async def test_parked_keys_are_listed_retried_and_dropped(
         assert "bad" in listed.stdout
         assert "description is null" in listed.stdout
         assert "fine" not in listed.stdout
+        db.execute(
+            "insert into cdc.parked_key select id, E'\\x1b[2J\\n', 'row', 'x' from cdc.mirror where name = 'status'"
+        )
+        listed = command("parked", "list", "--mirror", "status")
+        assert r"\x1b[2J\n" in listed.stdout
+        assert "\x1b" not in listed.stdout
+        command("parked", "drop", "--mirror", "status", "--yes")
         assert "Nothing is parked." in command("parked", "list", "--mirror", "status").stdout
+        for word in ("list", "retry", "drop"):
+            refused = command("parked", word, "--mirror", "statsu", *(["--yes"] if word == "drop" else []))
+            assert refused.returncode == 2
+            assert refused.stderr == 'cdc-worker: there is no mirror "statsu" (there are: check-ins, status)\n'
 
         retried = command("parked", "retry", "bad")
         assert line(retried, "parked.marked")[0]["keys"] == 1
@@ -152,3 +166,37 @@ async def test_parked_keys_are_listed_retried_and_dropped(
         assert command("parked", "drop").returncode != 0, "all of them, and nobody to ask"
         assert line(command("parked", "drop", "--yes"), "parked.dropped")[0]["keys"] == 1
         assert "Nothing is parked." in command("parked", "list").stdout
+
+
+@pytest.mark.one_postgres
+@pytest.mark.parametrize("words", [("parked", "list"), ("parked", "retry"), ("parked", "drop", "--yes"), ("backfill",)])
+def test_a_command_says_what_keeps_it_from_postgres(
+    db: Database, postgres_server: postgres.Server, tmp_path: Path, words: Sequence[str]
+) -> None:
+    config = tmp_path / "cdc_worker.toml"
+    config.write_text(toml(MIRRORS))
+
+    def refusal(dsn: str) -> str:
+        env = environment(dsn, None, config)
+        done = subprocess.run(
+            [sys.executable, "-m", "cdc_worker", *words],
+            env=env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        return line
+
+    with contextlib.suppress(psycopg.errors.DuplicateObject):
+        postgres_server.create_role("stranger")
+    name = db.dsn.rsplit("/", 1)[1]
+    assert "Postgres refuses: permission denied for schema cdc (use the role" in refusal(
+        postgres_server.dsn(name, user="stranger")
+    )
+    unreachable = refusal(postgres_server.dsn("nowhere"))
+    assert "the database is out of reach: connection failed: " in unreachable
+    assert 'database "nowhere" does not exist' in unreachable
