@@ -38,8 +38,8 @@ select c.shard::int, c.token, c.holder, c.holder = $1 or cdc.is_free(c.holder, c
                  select from cdc.checkpoint c where c.holder = w.name and cdc.is_dead(c.holder_pid)))
 from cdc.checkpoint c order by c.shard::int
 """
-# Whoever had it and is dead is not reckoned with any more: an even part would leave some of the shards to him. If it was
-# only his listener that died, he is back with his next look.
+# Whoever had it and is dead is not reckoned with any more: an even part would leave some of the shards to him. If it
+# was only his listener that died, he is back with his next look.
 _ACQUIRE = """
 with forgotten as (
     delete from cdc.worker as w using cdc.checkpoint as c

@@ -136,7 +136,7 @@ def _snapshot(dsn: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _writer(on: Stage) -> Iterator[None]:
+def open_writer(on: Stage) -> Iterator[None]:
     """A transaction that has changed a row and does not end: what comes after it is read, and it is not waited for."""
     with psycopg.connect(on.dsn) as connection:
         connection.execute("update bench_event set note = note || '!' where id = 1")
@@ -154,7 +154,7 @@ def held(bench: Bench, results: Results) -> list[Row]:
             for what, blocker in (
                 ("nobody", contextlib.nullcontext()),
                 ("held snapshot", _snapshot(on.dsn)),
-                ("open writing transaction", _writer(on)),
+                ("open writing transaction", open_writer(on)),
             ):
                 with blocker:
                     on.add(keys)

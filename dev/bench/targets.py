@@ -66,7 +66,7 @@ def _most(column: str) -> Callable[[Results], float]:
 
 def _clients(clients: int) -> Callable[[Results], float]:
     return lambda results: min(
-        float(row["ratio"]) for row in results.cases["writers"] if f", {clients} client" in row["what"]
+        float(row["ratio"]) for row in results.cases["writers"] if row["what"].endswith(f", {clients} clients")
     )
 
 
