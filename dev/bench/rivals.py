@@ -28,6 +28,7 @@ _LADDER: Final = ((signal.SIGTERM, 2.0),)
 
 PYTHON_PEERS: Final = {
     "naive loop": "naive",
+    "batch loop by hand (500 a POST)": "batch_loop",
     "procrastinate": "procrastinate_jobs",
     "pgqueuer (asyncpg, 100)": "pgqueuer_jobs",
     "dual write": "dual_write",

@@ -12,7 +12,9 @@ from typing import Final
 import psycopg
 
 from cdc_worker.database import Database
+from cdc_worker.logs import configure_logs
 from cdc_worker.rotation import LOCK_TIMEOUT_MS, rotate
+from dev.bench.draining import open_writer
 from dev.bench.living import INSERT
 from dev.bench.results import Bench, Results, Row
 from dev.bench.stage import Stage, stage
@@ -43,19 +45,22 @@ class _Log:
 def rotation(bench: Bench, results: Results) -> list[Row]:
     """A worker drains what writers write flat out, and the log turns five times a second instead of every few hours."""
     del results
+    # What rotation says of itself is counted here.
+    configure_logs("WARNING", "console")
     with stage(bench.server) as on, on.worker():
         on.add(1_000)
         on.sink.wait(keys=1_000)
         return [
             _row(bench, on, "writers", contextlib.nullcontext()),
-            _row(bench, on, "and a transaction that stays open with rows in the log", _open_writer(on)),
+            _row(bench, on, "and a transaction that stays open with rows in the log", open_writer(on)),
         ]
 
 
 def _row(bench: Bench, on: Stage, what: str, beside: contextlib.AbstractContextManager[None]) -> Row:
+    first_bytes = on.one(_LOG_BYTES)
     with beside, _inserting(on) as inserts:
         log = asyncio.run(_turn(on, seconds=bench.size(10, 2)))
-    # What is written now is in nobody's way, and the last partition is emptied, too.
+    # What was written last has been read now: the log turns away from it.
     time.sleep(_COUNTED_SECONDS)
     asyncio.run(_turn(on, seconds=3 * _PAUSE_SECONDS))
     beside_turn, between = _longest_ms(inserts, [*log.turned, *log.put_off])
@@ -64,6 +69,7 @@ def _row(bench: Bench, on: Stage, what: str, beside: contextlib.AbstractContextM
         "inserts": len(inserts),
         "rotations": len(log.turned),
         "refused_rotations": len(log.put_off),
+        "first_log_mib": first_bytes / 2**20,
         "most_log_mib": log.most_bytes / 2**20,
         "last_log_mib": on.one(_LOG_BYTES) / 2**20,
         "dead_rows": on.one(_DEAD_ROWS),
@@ -84,14 +90,6 @@ async def _turn(on: Stage, *, seconds: float) -> _Log:
             log.most_bytes = max(log.most_bytes, on.one(_LOG_BYTES))
             await asyncio.sleep(_PAUSE_SECONDS)
     return log
-
-
-@contextlib.contextmanager
-def _open_writer(on: Stage) -> Iterator[None]:
-    with psycopg.connect(on.dsn) as connection:
-        connection.execute("update bench_event set note = note || '!' where id = 1")
-        yield
-        connection.rollback()
 
 
 @contextlib.contextmanager
