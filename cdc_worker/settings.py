@@ -103,8 +103,9 @@ class Settings(ConvexSettings):
     batch_bytes: Annotated[int, Field(validation_alias="CDC_BATCH_BYTES", ge=65_536, le=8_388_608)] = 1_048_576
     # Readers side by side, each with its part of the keys; the same for `migrate` and for every worker.
     shards: Annotated[int, Field(validation_alias="CDC_SHARDS", ge=1, le=64)] = 1
-    # Of all shards together. The smallest plan runs 16 mutations at once, and the application wants some of them.
-    in_flight: Annotated[int, Field(validation_alias="CDC_IN_FLIGHT", ge=1, le=16)] = 12
+    # Of all shards together. The smallest plan runs 16 mutations at once, and the application wants some of them; the
+    # largest runs 1,024.
+    in_flight: Annotated[int, Field(validation_alias="CDC_IN_FLIGHT", ge=1, le=1_024)] = 12
     # Log rows read in one snapshot.
     page_rows: Annotated[int, Field(validation_alias="CDC_PAGE_ROWS", ge=1, le=10_000)] = 1_000
     # How often to look where LISTEN does not work.

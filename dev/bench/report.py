@@ -61,7 +61,9 @@ def _plain(text: str) -> Text:
 
 def _markdown(table: Table) -> str:
     sides = ["---", *("---:" for _ in table.headings[1:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (table.headings, sides, *table.lines))
+    return "\n".join(
+        "|" + "".join(f" {text} |" if text else " |" for text in line) for line in (table.headings, sides, *table.lines)
+    )
 
 
 def _machine(results: Results) -> str:

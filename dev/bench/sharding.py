@@ -72,7 +72,8 @@ def _drain(on: Stage, workers: list[Running], keys: int) -> Row:
     # A checkpoint is noted within a tenth of a second; the next drain begins from there.
     time.sleep(0.3)
     largest = max(counts.by_shard.values()) / (counts.keys / on.shards)
-    return done.row(f"{on.shards} shard{'s' * (on.shards > 1)} and workers") | {"largest_part": largest}
+    what = "1 worker" if on.shards == 1 else f"{on.shards} workers, {on.shards} shards"
+    return done.row(what) | {"largest_part": largest}
 
 
 def rebalance(bench: Bench, results: Results) -> list[Row]:

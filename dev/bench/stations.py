@@ -57,7 +57,7 @@ def station(frame: FrameType | None) -> str:
         path = frame.f_code.co_filename
         package, _, name = path.rpartition("/")
         if package.endswith("/cdc_worker"):
-            found = _FUNCTIONS.get((name, frame.f_code.co_name)) or _FILES.get(name)
+            found = _FUNCTIONS.get((name, _function(frame))) or _FILES.get(name)
             if found:
                 return found
             # Above the loop there is always a module of ours, which is not at work.
@@ -70,6 +70,11 @@ def station(frame: FrameType | None) -> str:
     if not worker:
         return ""
     return _REST if ours else "event loop"
+
+
+def _function(frame: FrameType) -> str:
+    """The function or method that the frame is in; a comprehension or lambda is a part of it."""
+    return frame.f_code.co_qualname.partition(".<locals>")[0].rpartition(".")[2]
 
 
 def _innermost(frame: FrameType | None) -> str:

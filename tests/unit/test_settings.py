@@ -98,7 +98,7 @@ BOUNDS = [
     ("CDC_BATCH_KEYS", "many", "valid integer"),
     ("CDC_BATCH_BYTES", "65535", "greater than or equal to 65536"),
     ("CDC_BATCH_BYTES", "8388609", "less than or equal to 8388608"),
-    ("CDC_IN_FLIGHT", "17", "less than or equal to 16"),
+    ("CDC_IN_FLIGHT", "1025", "less than or equal to 1024"),
     ("CDC_PAGE_ROWS", "10001", "less than or equal to 10000"),
     ("CDC_POLL_SECONDS", "0", "greater than or equal to 0.01"),
     ("CDC_POLL_SECONDS", "nan", "less than or equal to 60|finite"),
