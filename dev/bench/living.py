@@ -32,7 +32,7 @@ def latency(bench: Bench, results: Results) -> list[Row]:
             waited = waits_ms(committed, counts)
             rows.append(
                 {
-                    "what": f"{rate} writes/s",
+                    "what": f"{rate} write{'s' * (rate > 1)}/s",
                     "writes": len(committed),
                     "p50_ms": percentile(waited, 0.5),
                     "p99_ms": percentile(waited, 0.99),

@@ -28,12 +28,12 @@ PLANS: Final = (
 
 
 def paper(results: Results) -> list[Row]:
-    """A row for each plan; none if a drain with 200 ms a call was not measured.
+    """A row for each plan; none if a drain with 200 ms a call was not measured, or was over before it was steady.
 
     What is written for a key is taken to be what is sent for it: the document, its key and its version.
     """
     far = results.row(*_FAR)
-    if not far:
+    if not far.get("steady_keys_per_second"):
         return []
     return [_row(plan, far["bytes_per_key"], far["keys_per_request"], far["steady_keys_per_second"]) for plan in PLANS]
 

@@ -81,6 +81,7 @@ def test_small_requests_are_bound_by_the_number_of_mutations() -> None:
 
 def test_nothing_is_worked_out_from_nothing() -> None:
     assert paper.paper(Results()) == []
+    assert paper.paper(far(steady_keys_per_second=0.0)) == []
 
 
 def test_the_page_gets_what_was_measured_and_keeps_the_rest() -> None:
