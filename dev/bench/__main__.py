@@ -55,7 +55,7 @@ def main(
 ) -> None:
     """Measures the worker on a Postgres with durable commits, against what a user would pick instead.
 
-    One run takes a quarter of an hour. The figures of two runs on a shared machine differ by a fifth; the ratios within
+    One run takes twenty minutes. The figures of two runs on a shared machine differ by a fifth; the ratios within
     one run differ by much less.
     """
     chosen = cases or [case for case in CASES if not (quick and case in _NOT_QUICK)]
