@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Annotated, TypeVar
 
@@ -20,14 +20,15 @@ from rich.text import Text
 from cdc_worker import backfill as rescans
 from cdc_worker import parking
 from cdc_worker.catalog import check
-from cdc_worker.database import Database, first_lines
+from cdc_worker.database import Database, cause, is_gone
 from cdc_worker.errors import CdcError, ConfigError, SchemaError
-from cdc_worker.locks import LOCKED, when_free
+from cdc_worker.locks import when_free
 from cdc_worker.logs import configure_logs
 from cdc_worker.migrate import migrate as bring_up_to_date
 from cdc_worker.mirrors import Mirror, load_mirrors
 from cdc_worker.outbox import ring
 from cdc_worker.plan import Plan
+from cdc_worker.replay import replay as mark_again
 from cdc_worker.settings import Settings, load_settings
 from cdc_worker.worker import Worker
 
@@ -114,16 +115,30 @@ def backfill(
     it was. A new mirror, a changed query and an empty deployment are noticed by themselves and need no backfill.
     """
     settings, mirrors = _start()
-    chosen = [each for each in mirrors if mirror in {None, each.name}]
-    if not chosen:
-        raise ConfigError(f'there is no mirror "{mirror}" (there are: {", ".join(each.name for each in mirrors)})')
+    chosen = _chosen(mirrors, mirror)
     asyncio.run(_with_database(settings, lambda database: _backfill(database, chosen)))
 
 
-async def _backfill(database: Database, mirrors: list[Mirror]) -> None:
+def _chosen(mirrors: Sequence[Mirror], name: str | None) -> list[Mirror]:
+    chosen = [each for each in mirrors if name in {None, each.name}]
+    if not chosen:
+        raise ConfigError(f'there is no mirror "{name}" (there are: {", ".join(each.name for each in mirrors)})')
+    return chosen
+
+
+async def _ids(database: Database, mirrors: Sequence[Mirror]) -> dict[str, int]:
     known = await database.execute("select name, id, definition from cdc.mirror where configured")
-    ids: dict[str, int] = {name: number for name, number, _ in known}
     definitions: dict[str, str] = {name: definition for name, _, definition in known}
+    for mirror in mirrors:
+        if mirror.name not in definitions:
+            raise SchemaError(f'mirror "{mirror.name}" is new to this database: run `cdc-worker migrate` first')
+        if definitions[mirror.name] != mirror.definition:
+            raise SchemaError(f'mirror "{mirror.name}" is not as the database knows it: run `cdc-worker migrate` first')
+    return {name: number for name, number, _ in known}
+
+
+async def _backfill(database: Database, mirrors: Sequence[Mirror]) -> None:
+    ids = await _ids(database, mirrors)
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -134,12 +149,6 @@ async def _backfill(database: Database, mirrors: list[Mirror]) -> None:
         disable=not sys.stderr.isatty(),
     ) as progress:
         for mirror in mirrors:
-            if mirror.name not in ids:
-                raise SchemaError(f'mirror "{mirror.name}" is new to this database: run `cdc-worker migrate` first')
-            if definitions[mirror.name] != mirror.definition:
-                raise SchemaError(
-                    f'mirror "{mirror.name}" is not as the database knows it: run `cdc-worker migrate` first'
-                )
             plan = await when_free(f'mirror "{mirror.name}"', partial(_plan, database, mirror), database.execute)
             await _backfill_one(database, ids[mirror.name], plan, progress)
 
@@ -173,6 +182,38 @@ async def _backfill_one(database: Database, mirror_id: int, plan: Plan, progress
         log.info("backfill.done", mirror=name, keys=marked, took_seconds=round(time.monotonic() - started, 1))
 
 
+@app.command()
+def replay(
+    hours: Annotated[
+        float,
+        typer.Argument(
+            help="How far back: to the beginning of the transaction that changed it, so ask for more.", min=0, max=8760
+        ),
+    ],
+    mirror: Annotated[str | None, typer.Argument(help="Only this mirror; otherwise all of them.")] = None,
+) -> None:
+    """Mark what changed within the last hours once more, so that the worker delivers it again.
+
+    For a Convex that was set back or edited by hand not long ago. It goes back as far as the log does: what has been
+    acknowledged stays in it for CDC_RETENTION_HOURS. For more than that there is `backfill`.
+    """
+    settings, mirrors = _start()
+    chosen = _chosen(mirrors, mirror)
+    asyncio.run(_with_database(settings, lambda database: _replay(database, chosen, hours)))
+
+
+async def _replay(database: Database, mirrors: Sequence[Mirror], hours: float) -> None:
+    ids = await _ids(database, mirrors)
+    done = await mark_again(database, [ids[mirror.name] for mirror in mirrors], hours)
+    log.info("replay.marked", keys=done.keys, since=f"{done.since:%Y-%m-%dT%H:%M:%SZ}")
+    if done.log_begins is not None and done.log_begins > done.since:
+        log.warning(
+            "replay.cut_short",
+            log_begins=f"{done.log_begins:%Y-%m-%dT%H:%M:%SZ}",
+            cure="the log has nothing from before; if anything changed then, `cdc-worker backfill` finds it",
+        )
+
+
 parked = typer.Typer(
     no_args_is_help=True,
     help="""Keys that are parked: refused for a reason of their own, while everything else flows.
@@ -196,7 +237,8 @@ def parked_list(
     for each in keys:
         table.add_row(
             each.mirror,
-            Text(each.key),
+            # What users of the application wrote must not speak to the terminal.
+            Text(each.key if each.key.isprintable() else each.key.encode("unicode_escape").decode()),
             each.kind,
             Text(each.reason),
             str(each.attempts),
@@ -237,6 +279,7 @@ async def _with_database(settings: Settings, work: Callable[[Database], Awaitabl
     async with Database(
         settings.database_url.get_secret_value(), statement_seconds=settings.statement_seconds
     ) as database:
+        await database.reopen()  # says why there is no connection; the pool only says that there is none
         try:
             return await work(database)
         except psycopg.errors.UndefinedTable:
@@ -251,13 +294,23 @@ def main() -> None:
         _refuse(str(error), _EXIT_CONFIG)
     except CdcError as error:
         _refuse(str(error), 1)
-    except LOCKED as error:
-        _refuse(f"{first_lines(error)}: somebody else has it locked, run it again", 1)
-    except psycopg.OperationalError as error:
-        # libpq's text names host, port and role; never the password.
-        _refuse(f"the database is out of reach: {str(error).strip().splitlines()[0]}", 1)
+    except psycopg.Error as error:
+        if is_gone(error):
+            # libpq's text names host, port and role; never the password.
+            _refuse(f"the database is out of reach: {str(error).strip().splitlines()[0]}", 1)
+        _refuse(f"Postgres refuses: {cause(error)}{_cure(error)}", 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _cure(error: psycopg.Error) -> str:
+    if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        return " (use the role that ran `cdc-worker migrate`)"
+    if isinstance(error, psycopg.errors.QueryCanceled):
+        return " (CDC_STATEMENT_SECONDS is the limit)"
+    if isinstance(error, psycopg.errors.LockNotAvailable):
+        return " (somebody else holds a lock: run it again)"
+    return ""
 
 
 def _refuse(text: str, status: int) -> None:

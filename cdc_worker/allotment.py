@@ -38,7 +38,13 @@ select c.shard::int, c.token, c.holder, c.holder = $1 or cdc.is_free(c.holder, c
                  select from cdc.checkpoint c where c.holder = w.name and cdc.is_dead(c.holder_pid)))
 from cdc.checkpoint c order by c.shard::int
 """
+# Whoever had it and is dead is not reckoned with any more: an even part would leave some of the shards to him. If it
+# was only his listener that died, he is back with his next look.
 _ACQUIRE = """
+with forgotten as (
+    delete from cdc.worker as w using cdc.checkpoint as c
+    where c.shard = $3 and w.name = c.holder and w.name <> $1 and cdc.is_free(c.holder, c.expires_at, c.holder_pid)
+)
 update cdc.checkpoint as c
 set holder = $1, token = token + 1, holder_pid = null, expires_at = clock_timestamp() + $2::float8 * interval '1 second'
 where shard = $3 and (holder = $1 or cdc.is_free(holder, expires_at, holder_pid))

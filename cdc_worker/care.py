@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 
@@ -9,9 +10,9 @@ import psycopg
 import structlog
 
 from cdc_worker import backfill
-from cdc_worker.catalog import uncaptured
+from cdc_worker.catalog import Gaps, find_gaps
 from cdc_worker.checkpoint import Checkpoint
-from cdc_worker.database import Database, first_lines, is_gone
+from cdc_worker.database import Database, cause, is_gone
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import FunctionFailed, Misconfigured
 from cdc_worker.lanes import Lanes
@@ -37,6 +38,8 @@ _SELDOM_SECONDS = 120.0
 _MENDING_SECONDS = 15.0
 # A mirror whose capture is broken asks for a rescan with each write: one begins in so many seconds.
 _RESCAN_SECONDS = 1.0
+# A mirror whose capture is broken asks for one with each write; that is said so seldom.
+_RESCAN_REMINDER_SECONDS = 60.0
 # The heartbeat counts no further: what is beyond is "many".
 _BACKLOG_COUNTED = 100_000
 
@@ -69,40 +72,49 @@ class Care:
         self._noted_saves = checkpoint.saves
         self._config = config
         self._soon = asyncio.Event()
-        # Tables last seen without triggers.
-        self._bare: list[str] = []
+        # What failed, so that each is said once.
+        self._said: set[str] = set()
+        # When a mirror's log was last said to ask for a rescan (monotonic).
+        self._rescan_said: dict[int, float] = {}
+        # Tables last seen without triggers, or with some that had been off.
+        self._gaps = Gaps([], [])
 
     async def note_rescans(self, mirror_ids: set[int]) -> None:
         """The log asks for rescans: noted in the database, so that the log's rows may be acknowledged."""
         for mirror_id in mirror_ids:
             state = self._registry.states[mirror_id]
-            if not state.retired:
+            if state.retired:
+                continue
+            now = time.monotonic()
+            if now - self._rescan_said.get(mirror_id, -math.inf) > _RESCAN_REMINDER_SECONDS:
+                self._rescan_said[mirror_id] = now
                 log.warning(
                     "capture.rescan",
                     mirror=state.name,
                     cause="a source was truncated, or lost a column that capture needs",
                     cure="none needed for a truncated one; for a changed one: mend cdc_worker.toml and run migrate",
                 )
-                await backfill.request(
-                    self._database, mirror_id, with_documents=True, reason="source truncated or changed"
-                )
+            await backfill.request(self._database, mirror_id, with_documents=True, reason="source truncated or changed")
         self._soon.set()
 
     async def run(self, reader: Reader) -> None:
-        said = ""
         while True:
             # Before the round: what is asked for while it runs is for the next one.
             self._soon.clear()
             try:
                 await self._round(reader)
             except psycopg.Error as error:
-                if is_gone(error):
-                    raise
-                # None of this is worth the mirror's standing still.
-                if said != first_lines(error):
-                    said = first_lines(error)
-                    log.error("care.failed", cause=said, cure="tried again; the mirror itself goes on")
+                self._note_failure(error, "")
             await self._rest()
+
+    def _note_failure(self, error: psycopg.Error, what: str) -> None:
+        """Raises it if the database is gone. None else of this is worth the mirror's standing still."""
+        if is_gone(error):
+            raise error
+        said = f"{what}{cause(error)}"
+        if said not in self._said:
+            self._said.add(said)
+            log.error("care.failed", cause=said, cure="tried again; the mirror itself goes on")
 
     async def _rest(self) -> None:
         for _ in range(round(_SELDOM_SECONDS / _MENDING_SECONDS)):
@@ -133,14 +145,19 @@ class Care:
 
     async def _look_at_triggers(self) -> None:
         """A table that was made anew, or a new partition, has none: said when it is seen, and again when it changes."""
-        bare = await uncaptured(self._database, self._config)
-        if bare and bare != self._bare:
-            log.error("capture.missing", tables=bare, cure="run `cdc-worker migrate`, then `cdc-worker backfill`")
-        if not set(self._bare) <= set(bare):
-            # A restore makes triggers last. What came before them was captured by nobody.
-            log.warning("capture.restored", tables=self._bare, cure="none needed: every row is looked at again")
+        gaps = await find_gaps(self._database, self._config)
+        if gaps.bare and gaps.bare != self._gaps.bare:
+            log.error("capture.missing", tables=gaps.bare, cure="run `cdc-worker migrate`, then `cdc-worker backfill`")
+        again = {*self._gaps.bare, *gaps.reenabled} - {*gaps.bare, *self._gaps.reenabled}
+        if again:
+            # What came before them was captured by nobody: a restore makes triggers last, or disables them meanwhile.
+            log.warning(
+                "capture.restored",
+                tables=sorted(again),
+                cure="every row is looked at again; run `cdc-worker migrate`, so that it is noticed the next time, too",
+            )
             await backfill.request_all(self._database, "a source had no triggers")
-        self._bare = bare
+        self._gaps = gaps
 
     async def _note_saves(self) -> None:
         """Each side is told now and then how far the other was: who was set back since then is found out by it."""
@@ -156,8 +173,22 @@ class Care:
         self._noted_saves = saves
 
     async def _rescan(self, reader: Reader) -> None:
+        plans = self._registry.plans
+        try:
+            await self._rescan_pages(reader, plans)
+        except psycopg.Error as error:
+            if is_gone(error):
+                raise
+            # The oldest request comes first, and one whose query fails must not hold up the others: each by itself.
+            for mirror_id, plan in plans.items():
+                try:
+                    await self._rescan_pages(reader, {mirror_id: plan})
+                except psycopg.Error as own:
+                    self._note_failure(own, f'rescan of mirror "{plan.mirror.name}": ')
+
+    async def _rescan_pages(self, reader: Reader, plans: dict[int, Plan]) -> None:
         """Page by page, each when all before is read: live changes do not queue behind a million old rows."""
-        while (step := await backfill.step(self._database, self._registry.plans, self._list_documents)) is not None:
+        while (step := await backfill.step(self._database, plans, self._list_documents)) is not None:
             reader.caught_up.clear()
             reader.wake()
             if step.done:
@@ -203,12 +234,19 @@ async def heartbeat(
             "worker.heartbeat",
             shard=str(shard),
             lag_seconds=round(time.monotonic() - since, 1) if since is not None else 0.0,
-            backlog=0
-            if reader.caught_up.is_set()
-            else await backlog(database, shard, reader.position, _BACKLOG_COUNTED),
+            backlog=await _backlog(database, shard, reader),
             keys_under_way=lanes.keys,
             parked_keys=parking.count,
             batch_keys=pace.keys,
             batches_in_flight=pace.in_flight,
             **tally.take(),
         )
+
+
+async def _backlog(database: Database, shard: Shard, reader: Reader) -> int:
+    if reader.caught_up.is_set():
+        return 0
+    try:
+        return await backlog(database, shard, reader.position, _BACKLOG_COUNTED)
+    except psycopg.errors.QueryCanceled:  # many of other shards' to pass over
+        return _BACKLOG_COUNTED

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import LiteralString
 
 import psycopg
@@ -32,16 +33,22 @@ select c.oid, c.relkind, n.nspname, c.relname
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
 where c.oid = to_regclass($1)
 """
-_COLUMNS = "select attname, atttypid::int8 from pg_attribute where attrelid = $1 and attnum > 0 and not attisdropped"
+# A domain counts as the type that it is made of, as in a query's own columns.
+_COLUMNS = """
+select a.attname, coalesce(nullif(t.typbasetype, 0), t.oid)::int8, a.attgenerated = 'v'
+from pg_attribute a join pg_type t on t.oid = a.atttypid where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped
+order by a.attnum
+"""
 _UNCAPTURED = """
 with recursive family (oid) as (
     select to_regclass(name)::oid from unnest($1::text[]) as given (name) where to_regclass(name) is not null
     union select i.inhrelid from pg_inherits i join family on i.inhparent = family.oid
 )
-select family.oid::regclass::text from family
-join pg_class c on c.oid = family.oid and c.relkind in ('r', 'p')
-where 4 > (select count(*) from pg_trigger t join pg_proc p on p.oid = t.tgfoid
-           where t.tgrelid = family.oid and t.tgenabled in ('A', 'O') and p.pronamespace = to_regnamespace('cdc'))
+select family.oid::regclass::text, count(*) filter (where t.tgenabled in ('A', 'O')) < 4
+from family join pg_class c on c.oid = family.oid and c.relkind in ('r', 'p')
+left join (pg_trigger t join pg_proc p on p.oid = t.tgfoid and p.pronamespace = to_regnamespace('cdc'))
+    on t.tgrelid = family.oid
+group by family.oid having count(*) filter (where t.tgenabled = 'A') < 4
 order by 1
 """
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index"}
@@ -92,7 +99,8 @@ async def _describe(connection: Connection, mirror: Mirror) -> dict[str, int]:
     except psycopg.Error as error:
         if is_gone(error) or isinstance(error, LOCKED):
             raise
-        raise _wrong(mirror, f"its query fails: {first_lines(error)}") from None
+        hint = error.diag.message_hint
+        raise _wrong(mirror, f"its query fails: {first_lines(error)}{f' ({hint})' if hint else ''}") from None
     names = [column.name for column in description]
     doubled = {name for name in names if names.count(name) > 1}
     if doubled:
@@ -125,18 +133,39 @@ async def find_table(connection: Connection, mirror: Mirror, source: Source) -> 
     return oid, schema, name
 
 
-async def uncaptured(database: Database, mirrors: Sequence[Mirror]) -> list[str]:
-    """Source tables (and their partitions and heirs) that lack triggers, or whose triggers are disabled."""
+@dataclass(frozen=True)
+class Gaps:
+    """Source tables (and their partitions and heirs) whose changes are not seen, or were not for a while."""
+
+    # Triggers are missing or disabled.
+    bare: list[str]
+    # They were disabled, and somebody enabled them again: other than `migrate` does, which leaves a trace.
+    reenabled: list[str]
+
+
+async def find_gaps(database: Database, mirrors: Sequence[Mirror]) -> Gaps:
     tables = list(dict.fromkeys(source.table for mirror in mirrors for source in mirror.sources))
-    return [name for (name,) in await database.execute(_UNCAPTURED, tables)]
+    found = await database.execute(_UNCAPTURED, tables)
+    return Gaps([name for name, is_bare in found if is_bare], [name for name, is_bare in found if not is_bare])
 
 
 async def _check_source(connection: Connection, mirror: Mirror, source: Source, key_types: list[str]) -> None:
     oid, _, _ = await find_table(connection, mirror, source)
-    columns: dict[str, int] = dict(await fetch(connection, _COLUMNS, oid))
+    found = await fetch(connection, _COLUMNS, oid)
+    columns: dict[str, int] = {name: kind for name, kind, _ in found}
     missing = [name for name in (*source.key, *source.watch) if name not in columns]
     if missing:
-        raise _wrong(mirror, f"table {source.table} has no column {', '.join(missing)} (it has {', '.join(columns)})")
+        quoted = "; write it without double quotes" if any('"' in name for name in missing) else ""
+        raise _wrong(
+            mirror, f"table {source.table} has no column {', '.join(missing)} (it has {', '.join(columns)}){quoted}"
+        )
+    virtual = [name for name, _, is_virtual in found if is_virtual and name in {*source.key, *source.watch}]
+    if virtual:  # Postgres lets no trigger read one: each write of the application would fail
+        raise _wrong(
+            mirror,
+            f"column {', '.join(virtual)} of {source.table} is a virtual generated column, which no trigger can see:"
+            " make it `stored`, or name the columns that it is made from",
+        )
     for name, wanted in zip(source.key, key_types, strict=True):
         if _KEY_TYPES.get(columns[name]) != wanted:
             raise _wrong(mirror, f"column {name} of {source.table} has another type than the key it gives ({wanted})")

@@ -28,6 +28,8 @@ _CONNECT_SECONDS = 10
 # What the connection string says goes before these. A dead peer is noticed within about 30 s even without a statement.
 _DEFAULTS = {
     "application_name": "cdc_worker",
+    # Whatever the role is set to: a key that another one lacks a character for could not be read.
+    "client_encoding": "UTF8",
     "connect_timeout": str(_CONNECT_SECONDS),
     "keepalives_idle": "10",
     "keepalives_interval": "5",
@@ -200,12 +202,13 @@ async def begin(
 ) -> list[Row]:
     """Starts a transaction with its deadlines, and a `first` statement: its rows. All in one round trip.
 
-    The last deadline is for a worker that vanishes with its machine: what it locked is not locked for hours.
+    The last deadline is for a worker that vanishes with its machine: what it locked is not locked for hours. A policy
+    that hides rows is an error (docs/decisions/0045-a-hidden-row-is-an-error.md).
     """
     milliseconds = int(statement_seconds * 1000)
     cursor = await connection.execute(
         f"begin {mode}; set local statement_timeout = {milliseconds}; "
-        f"set local lock_timeout = '{_LOCK_TIMEOUT}'; set local jit = off; "
+        f"set local lock_timeout = '{_LOCK_TIMEOUT}'; set local jit = off; set local row_security = off; "
         f"set local idle_in_transaction_session_timeout = {2 * milliseconds + int(_GRACE_SECONDS * 1000)}; {first}"
     )
     while cursor.nextset():
@@ -224,12 +227,27 @@ async def fetch_one(connection: Connection, statement: LiteralString, *params: A
 
 
 def is_gone(error: psycopg.Error) -> bool:
-    """It is the database, rather than the statement: one that was cut off, or waited for a lock, is not."""
-    return isinstance(error, GONE) and not isinstance(
-        error, psycopg.errors.QueryCanceled | psycopg.errors.LockNotAvailable
-    )
+    """It is the database, rather than the statement.
+
+    One that was cut off, waited for a lock, or passed a limit of Postgres (1 GB, the stack) is not: it would again.
+    """
+    of_the_statement = psycopg.errors.QueryCanceled | psycopg.errors.LockNotAvailable
+    passed_a_limit = (error.sqlstate or "").startswith("54")
+    return isinstance(error, GONE) and not isinstance(error, of_the_statement) and not passed_a_limit
 
 
 def first_lines(error: psycopg.Error) -> str:
     """What Postgres says, without DETAIL and CONTEXT: those can quote rows."""
     return error.diag.message_primary or type(error).__name__
+
+
+# Classes of errors that are about statements, rights and resources. Of others the message can quote a value: data that
+# cannot be cast, a constraint, what a function raises.
+_QUOTES_NOTHING = ("08", "0A", "25", "28", "40", "42", "53", "54", "55", "57", "58")
+
+
+def cause(error: psycopg.Error) -> str:
+    """What Postgres says of a statement that has seen rows, as far as that may stand in a log."""
+    if (error.sqlstate or "").startswith(_QUOTES_NOTHING):
+        return first_lines(error)
+    return f"{type(error).__name__} ({error.sqlstate})"

@@ -10,7 +10,9 @@ the error class are the package's.
 drips holds them for as long as it likes.
 """
 
+import io
 import json
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -23,16 +25,19 @@ from convex import ConvexError
 
 Kind = Literal["query", "mutation"]
 
-_CURES = {
+# By the code in the answer, where the status (400) says less, or by the status.
+_CURES: Mapping[str | int, str] = {
+    "InvalidAdminKey": "is CONVEX_DEPLOY_KEY whole?",
     401: "CONVEX_DEPLOY_KEY does not belong to this deployment",
     403: "CONVEX_DEPLOY_KEY may not do this: make a new deploy key in the dashboard",
-    404: "there is no deployment at CONVEX_URL",
+    404: "there is no deployment at CONVEX_URL (in the cloud it ends in .convex.cloud, not in .convex.site)",
 }
 # These may be about the one request, or about all of them: whoever sent it finds out.
 _REFUSALS = {
-    400: "is CONVEX_DEPLOY_KEY whole?",
+    400: "the request is not as Convex wants it",
     413: "a proxy in front of CONVEX_URL takes no request of this size",
 }
+_LARGE_BODY_BYTES = 1_048_576
 
 
 class Deployment:
@@ -80,8 +85,10 @@ class Deployment:
         """
         assert self._session is not None, "use `async with`"
         body = b'{"path":"%s","format":"convex_encoded_json","args":%s}' % (path.encode(), args)
+        # A large body as bytes makes aiohttp warn, which a process that takes warnings for errors would die of.
+        data = body if len(body) <= _LARGE_BODY_BYTES else io.BytesIO(body)
         try:
-            async with self._session.post(f"{self.url}/api/{kind}", data=body, allow_redirects=False) as response:
+            async with self._session.post(f"{self.url}/api/{kind}", data=data, allow_redirects=False) as response:
                 text = await response.read()
                 status = response.status
         except aiohttp.InvalidURL:
@@ -122,11 +129,12 @@ def _decode(status: int, text: bytes) -> Any:
             raise FunctionFailed(message)
         raise Transient(f"HTTP {status} with an unknown status field")
     code = answer.get("code") if isinstance(answer, dict) else None
-    said = f"HTTP {status}{f' {code}' if isinstance(code, str) and code.isalnum() else ''}"
+    code = code if isinstance(code, str) and code.isalnum() else ""
+    said = f"HTTP {status} {code}".strip()
+    if cure := _CURES.get(code if code in _CURES else status):
+        raise Misconfigured(f"{said}: {cure}")
     if status in _REFUSALS:
         raise FunctionFailed(f"{said}: {_REFUSALS[status]}")
-    if status in _CURES:
-        raise Misconfigured(f"{said}: {_CURES[status]}")
     if 300 <= status < 400:
         raise Misconfigured(f"{said}: CONVEX_URL is redirected; give the deployment's own address")
     if status in {429, 503}:  # too many at once, or a conflict that Convex' own retries did not solve

@@ -35,6 +35,7 @@ _STATEMENT_SECONDS = 60.0
 _LOCK_SECONDS = 600.0
 
 _WRITABLE = "select pg_is_in_recovery() or current_setting('transaction_read_only')::bool"
+_WITHOUT_ENCODING = "select getdatabaseencoding() = 'SQL_ASCII'"
 _PREPARE = """
 create schema if not exists cdc;
 create table if not exists cdc.migration (
@@ -63,7 +64,7 @@ on conflict (mirror) do update set
     reason = excluded.reason, requested_at = now(), finished_at = null
 """
 _CAPTURED = """
-select t.tgrelid, n.nspname, c.relname, t.tgname, case when t.tgenabled in ('A', 'O') then p.proname else '' end
+select t.tgrelid, n.nspname, c.relname, t.tgname, case when t.tgenabled = 'A' then p.proname else '' end
 from pg_trigger t
 join pg_proc p on p.oid = t.tgfoid join pg_namespace pn on pn.oid = p.pronamespace
 join pg_class c on c.oid = t.tgrelid join pg_namespace n on n.oid = c.relnamespace
@@ -147,6 +148,11 @@ async def _when_free(connection: Connection, what: str, work: Callable[[], Await
 async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
     if (await fetch(connection, _WRITABLE))[0][0]:
         raise SchemaError("this database is a read-only standby: point DATABASE_URL at the primary")
+    if (await fetch(connection, _WITHOUT_ENCODING))[0][0]:
+        raise SchemaError(
+            "this database has the encoding SQL_ASCII, which does not say what bytes mean, and Convex holds Unicode:"
+            " dump it, and restore it into one with the encoding UTF8"
+        )
     problems = []
     for mirror in mirrors:
         try:

@@ -91,7 +91,7 @@ class _File(_Frozen):
 def load_mirrors(path: Path) -> tuple[Mirror, ...]:
     """The mirrors in the file at `path`. Raises ConfigError that names the file, the mirror and the entry."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"there is no {path}: write one (README, 'Your own Postgres'), or set CDC_CONFIG") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -109,10 +109,22 @@ def load_mirrors(path: Path) -> tuple[Mirror, ...]:
         lines = [
             f"{path}: there is no [[mirror]] in it"
             if problem["loc"] == ("mirror",) and problem["type"] in {"missing", "too_short"}
-            else f"{path}: {_place(problem['loc'], raw)}{problem['msg'].removeprefix('Value error, ')}"
+            else f"{path}: {_place(problem['loc'], raw)}{_said(problem['type'], problem['msg'])}"
             for problem in inner
         ]
         raise ConfigError("\n".join(lines)) from None
+
+
+# Where pydantic's own words are about Python.
+_WORDS = {
+    "tuple_type": 'must be a list: ["id"], or [[mirror]] with two brackets',
+    "string_pattern_mismatch": "must be small letters, digits, - and _, a letter first, at most 63",
+    "extra_forbidden": "there is no such entry (docs/mirrors.md has them all)",
+}
+
+
+def _said(kind: str, message: str) -> str:
+    return _WORDS.get(kind, message.removeprefix("Value error, "))
 
 
 def _place(loc: tuple[int | str, ...], raw: dict[str, object]) -> str:

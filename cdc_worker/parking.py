@@ -8,6 +8,7 @@ import structlog
 
 from cdc_worker.database import Database
 from cdc_worker.documents import Problem
+from cdc_worker.errors import ConfigError
 from cdc_worker.outbox import ring
 
 log = structlog.get_logger()
@@ -15,13 +16,13 @@ log = structlog.get_logger()
 _PARK = """
 insert into cdc.parked_key (mirror, key, class, reason)
 select m, k, c, r from unnest($1::int2[], $2::text[], $3::text[], $4::text[]) as new (m, k, c, r)
-on conflict (mirror, key) do update set
+on conflict (mirror, cdc.digest(key)) do update set
     class = excluded.class, reason = excluded.reason,
     attempts = cdc.parked_key.attempts + 1, last_at = clock_timestamp()
 """
 _SETTLE = """
 delete from cdc.parked_key p using unnest($1::int2[], $2::text[]) as good (m, k)
-where p.mirror = m and p.key = k returning 1
+where p.mirror = m and cdc.digest(p.key) = cdc.digest(k) and p.key = k returning 1
 """
 _COUNT = "select count(*) from cdc.parked_key"
 _RETRY = """
@@ -43,6 +44,7 @@ from cdc.parked_key p join cdc.mirror m on m.id = p.mirror
 where ($1::text is null or m.name = $1) and ($2::text is null or p.key = $2)
 returning 1
 """
+_NAMES = "select name from cdc.mirror order by name"
 _DROP = """
 delete from cdc.parked_key p using cdc.mirror m
 where m.id = p.mirror and ($1::text is null or m.name = $1) and ($2::text is null or p.key = $2)
@@ -103,11 +105,13 @@ class ParkedKey:
 
 async def list_parked(database: Database, mirror: str | None, limit: int) -> list[ParkedKey]:
     """The latest parked keys of a mirror, or of all."""
+    await _require(database, mirror)
     return [ParkedKey(*row) for row in await database.execute(_LIST, mirror, limit)]
 
 
 async def retry_parked(database: Database, mirror: str | None, key: str | None) -> int:
     """Marks parked keys dirty: they are read and delivered anew, and settled if that goes well. How many they are."""
+    await _require(database, mirror)
     marked = await database.execute(_MARK_AGAIN, mirror, key)
     await ring(database)
     return len(marked)
@@ -115,4 +119,12 @@ async def retry_parked(database: Database, mirror: str | None, key: str | None) 
 
 async def drop_parked(database: Database, mirror: str | None, key: str | None) -> int:
     """Forgets what is held against these keys; the next change of a row is delivered as ever. How many they are."""
+    await _require(database, mirror)
     return len(await database.execute(_DROP, mirror, key))
+
+
+async def _require(database: Database, mirror: str | None) -> None:
+    """Raises ConfigError for a mirror that this database never had."""
+    names = [name for (name,) in await database.execute(_NAMES)]
+    if mirror is not None and mirror not in names:
+        raise ConfigError(f'there is no mirror "{mirror}" (there are: {", ".join(names)})')

@@ -25,7 +25,8 @@ select slot,
 from now_written, cdc.rotation
 """
 _TRY = "select pg_try_advisory_xact_lock(hashtextextended('cdc_worker.rotation', 0))"
-_LOCK_TIMEOUT = "set local lock_timeout = '300ms'"
+LOCK_TIMEOUT_MS = 300
+_LOCK_TIMEOUT = f"set local lock_timeout = '{LOCK_TIMEOUT_MS}ms'"
 _LOCK = "lock table cdc.outbox_{slot} in access exclusive mode"
 # Rows that are not visible in some shard's checkpoint: two index probes for each shard.
 _NEEDED = """

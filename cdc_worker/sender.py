@@ -130,8 +130,11 @@ class Sender:
         self._wake.set()
         self._settled()
 
-    async def _deliver(self, events: Sequence[Event]) -> None:
-        """Brings the events to Convex, or parks them. The same request again until its outcome is known."""
+    async def _deliver(self, events: Sequence[Event], *, suspect: bool = False) -> None:
+        """Brings the events to Convex, or parks them. The same request again until its outcome is known.
+
+        `suspect`: one that was refused by itself already.
+        """
         if not events:
             return
         started = time.monotonic()
@@ -156,7 +159,7 @@ class Sender:
             if unknown:
                 # These keys would get new numbers, and the ghost could come after them: a new epoch shuts it out.
                 raise Fenced("a batch was refused after an attempt whose outcome is unknown") from None
-            await self._bisect(events, str(failure))
+            await self._bisect(events, str(failure), suspect=suspect)
             return
         self._pace.good(full=full, took_seconds=time.monotonic() - started)
         if answer["outcome"] == "fenced":
@@ -190,13 +193,17 @@ class Sender:
             raise Misconfigured(f"cdc:apply gave another number of verdicts: {_DEPLOY}")
         return answer
 
-    async def _bisect(self, events: Sequence[Event], reason: str) -> None:
+    async def _bisect(self, events: Sequence[Event], reason: str, *, suspect: bool) -> None:
         if len(events) > 1:
             if len(events) >= self._pace.keys:
                 self._pace.too_large()
             middle = len(events) // 2
             await self._deliver(events[:middle])
             await self._deliver(events[middle:])
+            return
+        if not suspect:
+            # Functions that were gone, and came back between its refusal and the probe, are no fault of the key's.
+            await self._deliver(events, suspect=True)
             return
         (event,) = events
         self._tally.add("parked")

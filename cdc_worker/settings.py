@@ -21,19 +21,30 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from cdc_worker.errors import ConfigError
 
+# What Prisma takes out of a connection string for itself, and Postgres' own library refuses.
+_PRISMA = {
+    *("schema", "connection_limit", "pool_timeout", "pgbouncer", "socket_timeout", "statement_cache_size"),
+    *("sslaccept", "sslidentity", "sslpassword"),
+}
+
 
 def _conninfo(value: SecretStr) -> SecretStr:
+    dsn = value.get_secret_value().strip()
     try:
-        conninfo_to_dict(value.get_secret_value())
+        conninfo_to_dict(dsn)
     except psycopg.Error:
         # The driver's message quotes the string, which holds the password.
+        given = {part.partition("=")[0] for part in dsn.rpartition("?")[2].split("&")}
+        if found := sorted(given & _PRISMA):
+            raise ValueError(f"has what only Prisma knows: take {', '.join(found)} out of it") from None
         raise ValueError("is no connection string: give postgres://user:password@host:port/database") from None
-    return value
+    return SecretStr(dsn)
 
 
 def _http_url(value: str) -> str:
+    value = value.strip()
     parts = urlsplit(value)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
+    if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
         raise ValueError("must be an address like https://happy-otter-123.convex.cloud")
     return value.rstrip("/")  # a trailing slash would give 404
 
@@ -92,8 +103,9 @@ class Settings(ConvexSettings):
     batch_bytes: Annotated[int, Field(validation_alias="CDC_BATCH_BYTES", ge=65_536, le=8_388_608)] = 1_048_576
     # Readers side by side, each with its part of the keys; the same for `migrate` and for every worker.
     shards: Annotated[int, Field(validation_alias="CDC_SHARDS", ge=1, le=64)] = 1
-    # Of all shards together. The smallest plan runs 16 mutations at once, and the application wants some of them.
-    in_flight: Annotated[int, Field(validation_alias="CDC_IN_FLIGHT", ge=1, le=16)] = 12
+    # Of all shards together. The smallest plan runs 16 mutations at once, and the application wants some of them; the
+    # largest runs 1,024.
+    in_flight: Annotated[int, Field(validation_alias="CDC_IN_FLIGHT", ge=1, le=1_024)] = 12
     # Log rows read in one snapshot.
     page_rows: Annotated[int, Field(validation_alias="CDC_PAGE_ROWS", ge=1, le=10_000)] = 1_000
     # How often to look where LISTEN does not work.
@@ -104,7 +116,7 @@ class Settings(ConvexSettings):
     backoff_seconds: Annotated[float, Field(validation_alias="CDC_BACKOFF_SECONDS", ge=0.05, le=300)] = 30.0
     # One statement of the worker in Postgres.
     statement_seconds: Annotated[float, Field(validation_alias="CDC_STATEMENT_SECONDS", ge=0.1, le=600)] = 20.0
-    # How long acknowledged changes stay in the log at least, so that moving a checkpoint back replays them.
+    # How long acknowledged changes stay in the log at least, for `cdc-worker replay`.
     retention_hours: Annotated[float, Field(validation_alias="CDC_RETENTION_HOURS", ge=0.01, le=720)] = 4.0
     # The log turns to its next partition early when one is larger than this; it has three.
     partition_bytes: Annotated[int, Field(validation_alias="CDC_PARTITION_BYTES", ge=65_536)] = 268_435_456
@@ -156,6 +168,8 @@ def _refusal(kind: type[ConvexSettings], problem: Mapping[str, Any]) -> str:
     name = alias if isinstance(alias, str) else place.upper()
     if problem["type"] == "missing":
         return f"{name} is not set"
-    secret = name.endswith(("DATABASE_URL", "KEY"))
-    value = "" if secret else f" (it is {problem.get('input')!r})"
+    given = str(problem.get("input"))
+    # An address may have a password in it, too.
+    secret = name.endswith(("DATABASE_URL", "KEY")) or "@" in given
+    value = "" if secret else f" (it is {given!r})"
     return f"{name}: {problem['msg'].removeprefix('Value error, ')}{value}"

@@ -15,7 +15,7 @@ import psycopg
 import structlog
 
 from cdc_worker.allotment import Allotment, Standing, fair_part
-from cdc_worker.database import GONE, Database
+from cdc_worker.database import GONE, Database, cause
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import ConfigError, Fenced, SchemaError
 from cdc_worker.liveness import Liveness
@@ -251,15 +251,14 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 def _answered(group: BaseExceptionGroup[BaseException]) -> bool:
-    """Postgres is there, and says what it lacks (a disk, memory), rather than that it goes away."""
+    """Postgres is there, and says what it lacks (a disk, memory) or refuses, rather than that it goes away."""
     error = _first(group)
-    return isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith(("53", "54", "58"))
+    return isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith(("40", "53", "54", "58"))
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> str:
     error = _first(group)
     if isinstance(error, psycopg.Error):
         # Of a failed connection there is no diagnosis, and the text names host and role, not the password.
-        text = error.diag.message_primary or str(error).split("\n", 1)[0]
-        return text or type(error).__name__
+        return cause(error) if error.sqlstate else str(error).split("\n", 1)[0] or type(error).__name__
     return str(error) or type(error).__name__

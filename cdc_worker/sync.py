@@ -20,7 +20,7 @@ import threading
 import uuid
 from collections.abc import Coroutine
 from concurrent.futures import Future
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
 import structlog
@@ -116,7 +116,7 @@ def _milliseconds(instant: Instant) -> float:
     if not isinstance(instant, datetime):
         return float(instant)
     aware = instant if instant.tzinfo is not None else instant.replace(tzinfo=UTC)
-    return float((aware - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() * 1000 // 1)
+    return float((aware - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1))
 
 
 async def _activity(  # noqa: PLR0917  # as it is published

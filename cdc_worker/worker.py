@@ -20,6 +20,8 @@ from cdc_worker.shards import Shards
 log = structlog.get_logger()
 
 _STOP = "the end of what is under way"
+# Openings, probes, listings of documents: beside the batches in flight.
+_OTHER_CALLS = 4
 
 
 class Worker:
@@ -53,7 +55,10 @@ class Worker:
                 await self._wait_unconfigured(database, missing)
             else:
                 async with Deployment(
-                    settings.convex_url, settings.convex_deploy_key, timeout_seconds=settings.convex_timeout_seconds
+                    settings.convex_url,
+                    settings.convex_deploy_key,
+                    timeout_seconds=settings.convex_timeout_seconds,
+                    connections=settings.in_flight + _OTHER_CALLS,
                 ) as deployment:
                     shards = Shards(
                         settings, self._mirrors, database, deployment, name=self._name, liveness=self._liveness

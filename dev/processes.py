@@ -89,6 +89,11 @@ class Process:
         self.stop()
 
     @property
+    def keeper_pid(self) -> int:
+        """The process that holds it: the program is its child, from a moment after the start on."""
+        return self._keeper.pid
+
+    @property
     def returncode(self) -> int | None:
         """As `subprocess.Popen` has it: None while it runs, -n when signal n ended it."""
         code = self._keeper.poll()

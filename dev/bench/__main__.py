@@ -7,7 +7,19 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
-from dev.bench import draining, living, parts, pictures, real_functions, report, rivals, stations, writers
+from dev.bench import (
+    draining,
+    living,
+    parts,
+    pictures,
+    real_functions,
+    report,
+    rivals,
+    rotating,
+    sharding,
+    stations,
+    writers,
+)
 from dev.bench.results import Bench, Results, Row, machine
 from dev.bench.stage import durable_server
 
@@ -18,8 +30,11 @@ CASES: Final[dict[str, Callable[[Bench, Results], list[Row]]]] = {
     "writers": writers.writers,
     "capture": parts.parts,
     "held": draining.held,
+    "rotation": rotating.rotation,
     "coalescing": draining.coalescing,
     "distance": draining.distance,
+    "shards": sharding.shards,
+    "rebalance": sharding.rebalance,
     "peers": rivals.peers,
     "local": real_functions.local,
     "profile": stations.profile,
@@ -40,7 +55,7 @@ def main(
 ) -> None:
     """Measures the worker on a Postgres with durable commits, against what a user would pick instead.
 
-    One run takes a quarter of an hour. The figures of two runs on a shared machine differ by a fifth; the ratios within
+    One run takes twenty minutes. The figures of two runs on a shared machine differ by a fifth; the ratios within
     one run differ by much less.
     """
     chosen = cases or [case for case in CASES if not (quick and case in _NOT_QUICK)]

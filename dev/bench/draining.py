@@ -109,7 +109,7 @@ def backlogs(bench: Bench, results: Results) -> list[Row]:
             for _ in range(3):
                 on.add(100_000)
                 done.append(drain(on, 100_000, {"CDC_BATCH_KEYS": batch, "CDC_PAGE_ROWS": max(1_000, 4 * batch)}))
-            rows.append(_middle(done).row(f"100,000 keys, at most {batch} in a batch"))
+            rows.append(_middle(done).row(f"batches of {batch}"))
         keys = bench.size(20_000, 1_000)
         on.add(keys)
         with Wire(on.dsn) as wire:
@@ -136,7 +136,7 @@ def _snapshot(dsn: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _writer(on: Stage) -> Iterator[None]:
+def open_writer(on: Stage) -> Iterator[None]:
     """A transaction that has changed a row and does not end: what comes after it is read, and it is not waited for."""
     with psycopg.connect(on.dsn) as connection:
         connection.execute("update bench_event set note = note || '!' where id = 1")
@@ -154,7 +154,7 @@ def held(bench: Bench, results: Results) -> list[Row]:
             for what, blocker in (
                 ("nobody", contextlib.nullcontext()),
                 ("held snapshot", _snapshot(on.dsn)),
-                ("open writing transaction", _writer(on)),
+                ("open writing transaction", open_writer(on)),
             ):
                 with blocker:
                     on.add(keys)

@@ -3,15 +3,17 @@
 import random
 import threading
 import time
+from collections.abc import Mapping
 from typing import LiteralString
 
 import psycopg
 
 from dev.bench.results import Bench, Results, Row, percentile
+from dev.bench.sink import Counts
 from dev.bench.stage import ROWS, Stage, stage
 from dev.bench.wire import Wire
 
-_INSERT: LiteralString = f"insert into bench_event {ROWS} from (select %s::bigint as i) as one"
+INSERT: LiteralString = f"insert into bench_event {ROWS} from (select %s::bigint as i) as one"
 
 
 def latency(bench: Bench, results: Results) -> list[Row]:
@@ -24,13 +26,13 @@ def latency(bench: Bench, results: Results) -> list[Row]:
         for rate, seconds in ((1, 30), (50, 20), (500, 20)) if not bench.quick else ((50, 1),):
             on.sink.control(trace_keys=True)
             before = running.cost()
-            committed = _write(on, rate, seconds)
+            committed = write(on, rate, seconds)
             counts = on.sink.wait(keys=len(committed), seconds=10.0)
             cost = running.cost().since(before)
-            waited = [(counts.answered[key] - at) * 1_000 for key, at in committed.items() if key in counts.answered]
+            waited = waits_ms(committed, counts)
             rows.append(
                 {
-                    "what": f"{rate} writes/s",
+                    "what": f"{rate} write{'s' * (rate > 1)}/s",
                     "writes": len(committed),
                     "p50_ms": percentile(waited, 0.5),
                     "p99_ms": percentile(waited, 0.99),
@@ -42,7 +44,12 @@ def latency(bench: Bench, results: Results) -> list[Row]:
     return rows
 
 
-def _write(on: Stage, rate: int, seconds: float) -> dict[str, float]:
+def waits_ms(committed: Mapping[str, float], counts: Counts) -> list[float]:
+    """From commit to answer, of the keys that were answered (the sink has to trace keys)."""
+    return [(counts.answered[key] - at) * 1_000 for key, at in committed.items() if key in counts.answered]
+
+
+def write(on: Stage, rate: int, seconds: float) -> dict[str, float]:
     """Single-row inserts at a rate, for so long; when each key's commit had returned, by the monotonic clock."""
     committed: dict[str, float] = {}
     # One connection commits some hundred times a second.
@@ -58,7 +65,7 @@ def _write(on: Stage, rate: int, seconds: float) -> dict[str, float]:
                 # Not in step with any timer of the worker.
                 due = begin + (number + random.random()) / rate  # noqa: S311
                 time.sleep(max(0.0, due - time.monotonic()))
-                connection.execute(_INSERT, (first + number,))
+                connection.execute(INSERT, (first + number,))
                 committed[str(first + number)] = time.monotonic()
 
     workers = [threading.Thread(target=work, args=(offset,)) for offset in range(threads)]

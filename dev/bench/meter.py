@@ -45,17 +45,11 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def program_below(pid: int, *words: str) -> int:
-    """The process below `pid` whose command line has these words and whose parent's has not. Raises LookupError."""
-    for each in descendants(pid):
-        try:
-            argv = Path(f"/proc/{each}/cmdline").read_bytes().decode(errors="replace").split("\0")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        # The keeper has the program's whole command line as arguments of its own.
-        if all(word in argv for word in words) and not any("keeper.py" in word for word in argv):
-            return each
-    raise LookupError(f"no process {' '.join(words)}")
+def program_of(keeper: int) -> int:
+    """The program that a keeper (dev/processes.py) holds. Raises LookupError for one that does not run."""
+    for each in descendants(keeper):
+        return each
+    raise LookupError("the program does not run")
 
 
 def _stat(pid: int) -> list[str]:

@@ -8,12 +8,9 @@ from typing import Final
 
 import psycopg
 
-from cdc_worker.capture import Feed, create_function, create_trigger, function_body
-from cdc_worker.mirrors import Source
 from dev.bench.results import Bench, Results, Row
 from dev.bench.stage import ROWS, Stage, stage
-
-_EVENTS: Final = ("insert", "update", "delete")
+from dev.bench.triggers import ONLY_THE_KEY, add_triggers, captured
 
 # Statements of one row in a loop in the server, together in one transaction or each in its own.
 _LOOP: Final = """
@@ -31,14 +28,6 @@ begin
 end $$
 """
 _NOTHING: Final = "begin return null; end"
-_ONLY_THE_KEY: Final = """
-begin
-    if tg_op = 'DELETE' then insert into cdc.outbox_0 (mirror, key) select 1, cdc_old.id::text from cdc_old;
-    else insert into cdc.outbox_0 (mirror, key) select 1, cdc_new.id::text from cdc_new;
-    end if;
-    return null;
-end
-"""
 _GUARD: Final = """
 begin
     begin
@@ -79,7 +68,7 @@ def _put(pattern: str, instead: str) -> Callable[[str], str]:
 _PARTS: Final = (
     Part("the table without triggers", None),
     Part("a trigger that does nothing", lambda _: _NOTHING),
-    Part("a trigger that only writes the key", lambda _: _ONLY_THE_KEY),
+    Part("a trigger that only writes the key", lambda _: ONLY_THE_KEY),
     Part("**capture as it is**"),
     Part("without the doorbell", _put(r"and not pg_catalog\.pg_try_advisory_xact_lock_shared\([^)]*\)", "and false")),
     Part(
@@ -155,11 +144,7 @@ def _make(on: Stage, part: Part, table: str) -> None:
         return
     if part.before:
         on.execute(part.before)
-    name = f"part_{table}"
-    body = part.body(function_body([Feed(1, Source(table=table, key=("id",)))]))
-    on.execute(create_function(name, body).as_string())
-    for event in _EVENTS:
-        on.execute(create_trigger(name, "public", table, event).as_string())
+    name = add_triggers(on, table, part.body(captured(table)))
     if part.after:
         on.execute(part.after.format(function=f"cdc.{name}()"))
 

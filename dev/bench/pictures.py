@@ -35,11 +35,18 @@ def write(results: Results) -> list[Path]:
             [(row["what"], row["us_per_key"]) for row in results.cases["profile"]],
             digits=1,
         )
-    if results.cases.get("writers"):
+    if any("floor_ratio" in row for row in results.cases.get("writers", ())):
         made["writers"] = bars(
             "Writers' rate with triggers, as a share of the rate without",
-            [(row["what"], row["ratio"]) for row in results.cases["writers"] if "client" in row["what"]],
+            [
+                bar
+                for row in results.cases["writers"]
+                if "client" in row["what"]
+                for bar in ((row["what"], row["ratio"]), ("the floor", row["floor_ratio"]))
+            ],
+            ours=("insert", "update"),
             digits=2,
+            full=1.0,
         )
     for what, name in (
         ("200 ms", "distance"),
@@ -62,10 +69,17 @@ def write(results: Results) -> list[Path]:
     return [FOLDER / f"{name}.svg" for name in made]
 
 
-def bars(title: str, values: Sequence[tuple[str, float]], *, ours: str = "", digits: int = 0) -> str:
-    """One horizontal bar for each value."""
+def bars(
+    title: str,
+    values: Sequence[tuple[str, float]],
+    *,
+    ours: str | tuple[str, ...] = "",
+    digits: int = 0,
+    full: float = 0.0,
+) -> str:
+    """One horizontal bar for each value; `full` has the whole width, if no value is larger."""
     left, step, top = 250, 26, 44
-    most = max(value for _, value in values) or 1.0
+    most = max([full, *(value for _, value in values)]) or 1.0
     room = _WIDTH - left - 90
     parts = [_text(0, 20, title, size=15)]
     for number, (label, value) in enumerate(values):

@@ -1,131 +1,105 @@
-"""The results for people: one table in the terminal, and the tables inside docs/performance.md.
+"""The results for people: tables in the terminal, and the tables inside docs/performance.md.
 
 docs/performance.md is written by hand, except for what stands between `<!-- figures: NAME -->` and `<!-- end -->`.
 """
 
 import re
+import textwrap
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from dev.bench.results import Results
+from dev.bench.paper import paper
+from dev.bench.results import Results, Row
+from dev.bench.tables import Table, of_rows, of_targets
 from dev.bench.targets import targets
 
 PAGE: Final = Path(__file__).parents[2] / "docs/performance.md"
-
-# Column: heading, digits.
-_COLUMNS: Final = {
-    "keys": ("keys", 0),
-    "jobs": ("jobs", 0),
-    "writes": ("writes", 0),
-    "changes": ("changes", 0),
-    "keys_per_second": ("keys/s", 0),
-    "local_keys_per_second": ("keys/s, local Convex", 0),
-    "steady_keys_per_second": ("keys/s, second half", 0),
-    "jobs_per_second": ("jobs/s", 0),
-    "changes_per_second": ("changes/s", 0),
-    "ours_is_times": ("cdc_worker is times", 1),
-    "worker_us_per_key": ("worker us/key", 1),
-    "postgres_us_per_key": ("Postgres us/key", 1),
-    "cpu_us_per_job": ("us/job", 0),
-    "us_per_key": ("us/key", 1),
-    "share": ("share", 3),
-    "peak_mib": ("peak MiB", 0),
-    "keys_per_request": ("keys/request", 0),
-    "bytes_per_key": ("bytes/key", 0),
-    "statements_per_1000": ("statements per 1,000 keys", 1),
-    "most_in_flight": ("most in flight", 0),
-    "refused": ("refused", 0),
-    "events_sent": ("events sent", 0),
-    "requests": ("requests", 0),
-    "changes_per_event": ("changes/event", 2),
-    "drained_after_seconds": ("drained after s", 2),
-    "p50_ms": ("p50 ms", 1),
-    "p99_ms": ("p99 ms", 1),
-    "max_ms": ("max ms", 1),
-    "worker_core_percent": ("worker % of a core", 2),
-    "postgres_core_percent": ("Postgres % of a core", 2),
-    "statements_per_minute": ("statements/min", 1),
-    "seconds": ("seconds", 0),
-    "without": ("without", 1),
-    "with": ("with", 1),
-    "ratio": ("ratio", 2),
-    "insert_together_us": ("insert, one transaction", 1),
-    "insert_each_us": ("insert, each its own", 1),
-    "update_each_us": ("update, each its own", 1),
-    "bulk_insert_us": ("row of an insert of 10,000", 2),
-    "bulk_update_us": ("of an update", 2),
-    "bulk_delete_us": ("of a delete", 2),
-    "wal_without": ("WAL B/row without", 0),
-    "wal_with": ("WAL B/row with", 0),
-}
+# Of a terminal that does not say, or a pipe.
+_WIDTH: Final = 100
+_STYLES: Final = {"met": "green", "missed": "bold red"}
 
 
-def _figure(column: str, value: Any) -> str:
-    return f"{value:,.{_COLUMNS[column][1]}f}"
-
-
-def show(results: Results, cases: list[str]) -> None:
-    """The one table: a line for each measurement, then one for each target."""
-    table = Table("case", "what", "figures", "s", title="cdc_worker, measured")
+def show(results: Results, cases: list[str], console: Console | None = None) -> None:
+    """A table for each case, and one of the targets."""
+    console = console or Console(width=None if Console().is_terminal else _WIDTH)
     for case in cases:
-        for number, row in enumerate(results.cases.get(case, ())):
-            figures = ", ".join(
-                f"{_figure(column, row[column])} {heading}"
-                for column, (heading, _) in _COLUMNS.items()
-                if column in row
-            )
-            seconds = f"{results.seconds.get(case, 0):.0f}" if number == 0 else ""
-            table.add_row(case if number == 0 else "", Text(row["what"]), figures, seconds)
-        table.add_section()
-    for target in targets(results):
-        if target.value is not None:
-            met = Text("met", style="green") if target.met else Text("missed", style="bold red")
-            table.add_row("target", target.text, f"{target.value:,.2f} ({target.sense} {target.bound:,g})", met)
-    Console().print(table)
+        if results.cases.get(case):
+            title = f"{case} ({results.seconds.get(case, 0):.0f} s)"
+            console.print(_rich(title, of_rows(results.cases[case])))
+    if rows := paper(results):
+        console.print(_rich("on paper", of_rows(rows)))
+    measured = [target for target in targets(results) if target.value is not None]
+    if measured:
+        console.print(_rich("targets", of_targets(measured)))
 
 
-def _markdown(results: Results, name: str) -> str:
+def _rich(title: str, table: Table) -> RichTable:
+    made = RichTable(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    made.add_column(table.headings[0])
+    for number, heading in enumerate(table.headings[1:], start=1):
+        # As narrow as its figures: headings are broken between words, figures never; names have what is left.
+        width = max(len(text) for text in [*heading.split(), *(line[number] for line in table.lines)])
+        broken = "\n".join(textwrap.wrap(heading, width))
+        made.add_column(broken, justify="right", vertical="bottom", width=width, no_wrap=True)
+    for line in table.lines:
+        made.add_row(*(_plain(text) for text in line))
+    return made
+
+
+def _plain(text: str) -> Text:
+    """Without the marks that the page needs."""
+    bare = text.replace("*", "").replace("`", "")
+    return Text(bare, style=_STYLES.get(bare, ""))
+
+
+def _markdown(table: Table) -> str:
+    sides = ["---", *("---:" for _ in table.headings[1:])]
+    return "\n".join(
+        "|" + "".join(f" {text} |" if text else " |" for text in line) for line in (table.headings, sides, *table.lines)
+    )
+
+
+def _machine(results: Results) -> str:
+    said = results.machine
+    return (
+        f"{said['cores']} cores ({said['processor']}), {said['system']}, PostgreSQL {said['postgres']},"
+        f" Python {said['python']}."
+    )
+
+
+def _durations(results: Results) -> str:
+    total = sum(results.seconds.values())
+    each = ", ".join(f"{case} {seconds:.0f}" for case, seconds in results.seconds.items())
+    return f"{total / 60:.0f} minutes in all; seconds by case: {each}."
+
+
+def _filled(results: Results, name: str) -> str | None:
+    """What stands under that name on the page; None if it was not measured."""
     if name == "machine":
-        said = results.machine
-        return (
-            f"{said['cores']} cores ({said['processor']}), {said['system']}, PostgreSQL {said['postgres']},"
-            f" Python {said['python']}."
-        )
+        return _machine(results)
     if name == "targets":
-        lines = ["| target | asked | measured | |", "| --- | --- | --- | --- |"]
-        for target in targets(results):
-            word = {True: "met", False: "**missed**", None: "not measured"}[target.met]
-            value = "" if target.value is None else f"{target.value:,.2f}"
-            lines.append(f"| {target.text} | {target.sense} {target.bound:,g} | {value} | {word} |")
-        return "\n".join(lines)
+        return _markdown(of_targets(targets(results)))
     if name == "durations":
-        total = sum(results.seconds.values())
-        each = ", ".join(f"{case} {seconds:.0f}" for case, seconds in results.seconds.items())
-        return f"{total / 60:.0f} minutes in all; seconds by case: {each}."
-    rows = results.cases[name]
-    columns = [column for column in _COLUMNS if any(column in row for row in rows)]
-    lines = [
-        "| | " + " | ".join(_COLUMNS[column][0] for column in columns) + " |",
-        "| --- | " + " | ".join("---:" for _ in columns) + " |",
-    ]
-    for row in rows:
-        values = (_figure(column, row[column]) if column in row else "" for column in columns)
-        lines.append(f"| {row['what']} | " + " | ".join(values) + " |")
-    return "\n".join(lines)
+        return _durations(results)
+    rows: list[Row] = paper(results) if name == "paper" else results.cases.get(name, [])
+    return _markdown(of_rows(rows)) if rows else None
 
 
 def write(results: Results) -> None:
     """Puts the figures into docs/performance.md; what was not measured is left as it is."""
+    PAGE.write_text(fill(PAGE.read_text(), results))
 
-    def fill(found: re.Match[str]) -> str:
-        name = found[1]
-        if name not in {"machine", "targets", "durations"} and name not in results.cases:
-            return found[0]
-        return f"<!-- figures: {name} -->\n{_markdown(results, name)}\n<!-- end -->"
 
-    text = PAGE.read_text()
-    PAGE.write_text(re.sub(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL))
+def fill(page: str, results: Results) -> str:
+    def fill_one(found: re.Match[str]) -> str:
+        text = _filled(results, found[1])
+        return found[0] if text is None else f"<!-- figures: {found[1]} -->\n{text}\n<!-- end -->"
+
+    return re.sub(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", fill_one, page, flags=re.DOTALL)

@@ -1,7 +1,6 @@
 """Case 8: the same backlog for those that a user would pick instead. Installs them into an environment of their own."""
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -29,6 +28,7 @@ _LADDER: Final = ((signal.SIGTERM, 2.0),)
 
 PYTHON_PEERS: Final = {
     "naive loop": "naive",
+    "batch loop by hand (500 a POST)": "batch_loop",
     "procrastinate": "procrastinate_jobs",
     "pgqueuer (asyncpg, 100)": "pgqueuer_jobs",
     "dual write": "dual_write",
@@ -92,8 +92,7 @@ def _measure(bench: Bench, what: str, argv: Sequence[str | Path], jobs: int, sec
             first = convex.wait(keys=1, seconds=20.0)
             if not first.keys:
                 raise LookupError(f"it sent nothing:\n{process.tail()}")
-            # The program, not the keeper that holds it.
-            pid = meter.program_below(os.getpid(), "work", dsn)
+            pid = meter.program_of(process.keeper_pid)
             before = meter.cpu_seconds(pid)
             counts = convex.wait(keys=jobs, seconds=seconds)
             end = counts.last_at if counts.keys >= jobs else time.monotonic()

@@ -35,6 +35,7 @@ ROOT: Final = Path(__file__).parents[2]
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _KEY = re.compile(rb'"key":"[^":]*:([^"]*)"')
+_SHARD = re.compile(rb'"shard": *"([^"]*)"')
 _REFUSALS: Final = {429: "TooManyConcurrentRequests", 503: "OptimisticConcurrencyControlFailure"}
 
 
@@ -50,7 +51,7 @@ class Options:
     refusal: int = 429
     # `cdc:open` waits for `release`: the start of a measurement, with the worker's own start-up behind it.
     hold_open: bool = False
-    # Keep a line for each batch, and the time at which each key was answered.
+    # Keep a line for each batch, and the time at which each key was first answered.
     trace: bool = False
     trace_keys: bool = False
 
@@ -71,6 +72,8 @@ class Counts:
     # [seconds, keys, batches at once, 1 if it was answered and 0 if refused]
     trace: list[tuple[float, int, int, int]] = field(default_factory=list)
     answered: dict[str, float] = field(default_factory=dict)
+    # Keys by the shard that sent them.
+    by_shard: dict[str, int] = field(default_factory=dict)
 
 
 class Client:
@@ -167,6 +170,7 @@ class _Server:
     def _apply(self, body: bytes, size: int, write: Callable[[bytes], None]) -> None:
         options, counts = self.options, self.counts
         keys = body.count(b'"target":')
+        shard = _SHARD.search(body, 0, 200)
         now = time.monotonic()
         counts.requests += 1
         counts.bytes += size
@@ -188,8 +192,11 @@ class _Server:
             # Batches that began before a `control` count for the time before it.
             counts.keys += keys
             counts.last_at = time.monotonic()
+            if shard is not None:
+                name = shard[1].decode()
+                counts.by_shard[name] = counts.by_shard.get(name, 0) + keys
             if options.trace_keys:
-                counts.answered.update((key.decode(), counts.last_at) for key in _KEY.findall(body))
+                counts.answered = {key.decode(): counts.last_at for key in _KEY.findall(body)} | counts.answered
             self._tell()
 
         delay = options.delay_ms / 1e3 + keys * options.delay_us_per_key / 1e6

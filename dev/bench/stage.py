@@ -57,13 +57,14 @@ class BenchError(Exception):
 
 
 class Stage:
-    """One database with the application's tables, and the sink that its worker talks to."""
+    """One database with the application's tables, and the sink that its workers talk to."""
 
-    def __init__(self, server: postgres.Server, dsn: str, convex: sink.Client, folder: Path) -> None:
+    def __init__(self, server: postgres.Server, dsn: str, convex: sink.Client, folder: Path, shards: int) -> None:
         self.server = server
         self.dsn = dsn
         self.sink = convex
         self.folder = folder
+        self.shards = shards
         self.rows = 0
         self._config = folder / "cdc_worker.toml"
         self._config.write_text(CONFIG)
@@ -102,16 +103,16 @@ class Stage:
         """One worker's life, so that the first comparison of everything is not measured with what comes after."""
         self.sink.control()
         with self.worker():
-            self.sink.wait(opens=1, seconds=PATIENCE_SECONDS)
+            self.sink.wait(opens=self.shards, seconds=PATIENCE_SECONDS)
             self.until("select not exists (select from cdc.backfill where phase <> 'done')")
             self.until("select count(*) from cdc.checkpoint where saved_at > now() - interval '1 hour'")
 
-    def until(self, question: str) -> None:
+    def until(self, question: str, *params: Any) -> None:
         """Waits until a query says true."""
-        for _ in range(600):
-            if self.one(question):
+        for _ in range(1_500):
+            if self.one(question, *params):
                 return
-            self.one("select pg_sleep(0.05)")
+            self.one("select pg_sleep(0.02)")
         raise BenchError(f"waited in vain for: {question}")
 
     @contextlib.contextmanager
@@ -145,6 +146,7 @@ class Stage:
             "CONVEX_URL": self.sink.url,
             "CONVEX_DEPLOY_KEY": sink.KEY,
             "CDC_CONFIG": str(self._config),
+            "CDC_SHARDS": str(self.shards),
             "LOG_FORMAT": "json",
             **{name: str(value) for name, value in settings.items()},
         }
@@ -160,9 +162,9 @@ class Running:
 
     @property
     def pid(self) -> int:
-        # The keeper starts the program a moment after itself; whoever asks has seen the program at work.
+        # Whoever asks has seen the program at work.
         if self._pid is None:
-            self._pid = meter.program_below(os.getpid(), "run")
+            self._pid = meter.program_of(self.process.keeper_pid)
         return self._pid
 
     def cost(self) -> "Cost":
@@ -177,6 +179,14 @@ class Cost:
     postgres_seconds: float
     peak_bytes: int
 
+    @classmethod
+    def of(cls, workers: Sequence[Running]) -> Self:
+        """Of several workers on one stage: all their time, and the largest one's memory."""
+        each = [running.cost() for running in workers]
+        return cls(
+            sum(cost.worker_seconds for cost in each), each[0].postgres_seconds, max(cost.peak_bytes for cost in each)
+        )
+
     def since(self, before: Self) -> "Cost":
         return Cost(
             self.worker_seconds - before.worker_seconds,
@@ -186,12 +196,12 @@ class Cost:
 
 
 @contextlib.contextmanager
-def stage(server: postgres.Server, *, captured: bool = True) -> Iterator[Stage]:
+def stage(server: postgres.Server, *, captured: bool = True, shards: int = 1) -> Iterator[Stage]:
     """A fresh database with empty tables, and a sink that belongs to it."""
     folder = Path(tempfile.mkdtemp(prefix="cdc-bench-"))
     try:
         with postgres.database(server) as dsn, sink.start() as convex:
-            each = Stage(server, dsn, convex, folder)
+            each = Stage(server, dsn, convex, folder, shards)
             try:
                 each.execute(TABLES)
                 if captured:

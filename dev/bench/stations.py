@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -39,34 +40,41 @@ _FILES: Final = {
     "checkpoint.py": "checkpoint",
     "outbox.py": "look for work",
     "listener.py": "look for work",
+    "outage.py": "HTTP",
     "reader.py": "transactions of pages",
-    "__main__.py": "",
+    # The driver's work belongs to whoever asked for it.
     "database.py": "",
-    "worker.py": "",
-    "session.py": "",
 }
+# Modules that a drain hardly passes, and stations below this share of the time: one row for all of them.
+_REST: Final = "everything else"
+_SMALL_SHARE: Final = 0.01
 
 
 def station(frame: FrameType | None) -> str:
     """The station that a stack stands at; "" for what comes before the worker's life."""
-    aiohttp, worker, other = False, False, ""
+    aiohttp, worker, ours = False, False, False
     while frame is not None:
         path = frame.f_code.co_filename
         package, _, name = path.rpartition("/")
         if package.endswith("/cdc_worker"):
-            found = _FUNCTIONS.get((name, frame.f_code.co_name)) or _FILES.get(name)
+            found = _FUNCTIONS.get((name, _function(frame))) or _FILES.get(name)
             if found:
                 return found
-            # A module that is not known here stands for itself.
-            other = other or (name if found is None else "")
+            # Above the loop there is always a module of ours, which is not at work.
+            ours = ours or (found is None and not worker)
         aiohttp = aiohttp or "/aiohttp/" in path
         worker = worker or frame.f_code.co_name == "run_until_complete"
         frame = frame.f_back
-    if aiohttp or other == "outage.py":
+    if aiohttp:
         return "HTTP"
-    if other and worker:
-        return other
-    return "event loop and rest" if worker else ""
+    if not worker:
+        return ""
+    return _REST if ours else "event loop"
+
+
+def _function(frame: FrameType) -> str:
+    """The function or method that the frame is in; a comprehension or lambda is a part of it."""
+    return frame.f_code.co_qualname.partition(".<locals>")[0].rpartition(".")[2]
 
 
 def _innermost(frame: FrameType | None) -> str:
@@ -108,12 +116,19 @@ def profile(bench: Bench, results: Results) -> list[Row]:
         found = json.loads(out.read_text())
     for line, count in sorted(found["lines"].items(), key=lambda each: -each[1])[:15]:
         bench.say(f"{count / max(sum(found['stations'].values()), 1):6.1%}  {line}")
-    total = sum(found["stations"].values())
     whole = done.cost.worker_seconds / done.keys * 1e6
     return [
-        {"what": name, "share": count / total, "us_per_key": count / total * whole}
-        for name, count in sorted(found["stations"].items(), key=lambda each: -each[1])
+        {"what": name, "share": share, "us_per_key": share * whole} for name, share in shares(found["stations"]).items()
     ]
+
+
+def shares(samples: Mapping[str, int]) -> dict[str, float]:
+    """Of the whole, the largest first; small ones are one, and last."""
+    total = sum(samples.values())
+    large = {name: count / total for name, count in Counter(samples).most_common() if name != _REST}
+    large = {name: share for name, share in large.items() if share >= _SMALL_SHARE}
+    rest = 1 - sum(large.values())
+    return large | ({_REST: rest} if rest > 0 else {})
 
 
 if __name__ == "__main__":

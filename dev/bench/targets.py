@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from cdc_worker.rotation import LOCK_TIMEOUT_MS
 from dev.bench.results import Results
 
 
@@ -43,7 +44,7 @@ def _best_batch(results: Results) -> float:
 
 
 def _flat(results: Results) -> float:
-    """Cost for each key, worker and Postgres, of the largest backlog against the smallest."""
+    """How many times longer a key takes in the largest backlog than in the smallest."""
     few, many = (results.row("drain", f"{size} keys") for size in ("20,000", "1,000,000"))
     return float(few["keys_per_second"] / many["keys_per_second"])
 
@@ -60,13 +61,13 @@ def _worst(case: str, column: str, *, skip: int = 0) -> Callable[[Results], floa
     return lambda results: min(float(row[column]) for row in results.cases[case][skip:])
 
 
-def _most(column: str) -> Callable[[Results], float]:
-    return lambda results: max(float(row[column]) for row in results.cases["drain"])
+def _of_all(case: str, column: str) -> Callable[[Results], float]:
+    return lambda results: max(float(row[column]) for row in results.cases[case])
 
 
 def _clients(clients: int) -> Callable[[Results], float]:
     return lambda results: min(
-        float(row["ratio"]) for row in results.cases["writers"] if f", {clients} client" in row["what"]
+        float(row["ratio"]) for row in results.cases["writers"] if row["what"].endswith(f", {clients} clients")
     )
 
 
@@ -84,6 +85,8 @@ _ALL: Final[list[tuple[str, Literal[">=", "<="], float, Callable[[Results], floa
     ("times the best Node peer", ">=", 4, _peer("graphile", "pg-boss")),
     ("time for a key, 1,000,000 against 20,000: times", "<=", 1.15, _flat),
     ("rate under a held snapshot or open writer: times", ">=", 0.9, _worst("held", "ratio", skip=1)),
+    ("rotation: dead rows of the log", "<=", 0, _of_all("rotation", "dead_rows")),
+    ("rotation: longest insert beside it: ms", "<=", LOCK_TIMEOUT_MS, _of_all("rotation", "rotating_ms")),
     ("latency p50 at 50 writes/s: ms", "<=", 8, _at("latency", "50 writes/s", "p50_ms")),
     ("latency p99 at 50 writes/s: ms", "<=", 30, _at("latency", "50 writes/s", "p99_ms")),
     ("latency p99 at 500 writes/s: ms", "<=", 50, _at("latency", "500 writes/s", "p99_ms")),
@@ -91,7 +94,7 @@ _ALL: Final[list[tuple[str, Literal[">=", "<="], float, Callable[[Results], floa
     ("200 ms a call: most batches in flight", "<=", 16, _at("distance", "200 ms", "most_in_flight")),
     ("idle: percent of a core", "<=", 0.5, _at("idle", "with LISTEN", "worker_core_percent")),
     ("idle: statements a minute", "<=", 10, _at("idle", "with LISTEN", "statements_per_minute")),
-    ("peak memory at any backlog: MiB", "<=", 90, _most("peak_mib")),
+    ("peak memory at any backlog: MiB", "<=", 90, _of_all("drain", "peak_mib")),
     ("writers' rate with triggers, 16 clients: times", ">=", 0.65, _clients(16)),
     ("writers' rate with triggers, 64 clients: times", ">=", 0.88, _clients(64)),
     ("insert of 10,000 rows: times longer", "<=", 2.1, _at("writers", "insert of 10,000 rows", "ratio")),

@@ -1,18 +1,30 @@
-"""Case 4: what capture costs the application's writers. The same table with triggers and without, turn by turn."""
+"""Case 4: what capture costs the application's writers.
+
+The same table with its triggers, without any, and with the least that a trigger can do, turn by turn.
+"""
 
 import re
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
 from dev.bench.results import Bench, Results, Row, median
 from dev.bench.stage import ROWS, Stage, stage
+from dev.bench.triggers import ONLY_THE_KEY, add_triggers
 from dev.postgres import Server
 
-Table = Literal["bench_event", "bench_plain"]
-TABLES: Final[tuple[Table, ...]] = ("bench_plain", "bench_event")
+Table = Literal["bench_plain", "bench_floor", "bench_event"]
+TABLES: Final[dict[Table, str]] = {"bench_plain": "without", "bench_floor": "floor", "bench_event": "with"}
+"""And what they are in the results."""
+
+Way = Literal["", ", pgbench's default"]
+# What is left of a statement that was prepared, through the socket, is its work, so that ours shows most. The other
+# way is what pgbench does unless it is told otherwise.
+_WAYS: Final[dict[Way, Sequence[int]]] = {"": (1, 16, 64), ", pgbench's default": (16, 64)}
+
 _LOADED: Final = 100_000
 _BULK: Final = 10_000
 
@@ -21,44 +33,59 @@ class NoPgbench(Exception):
     """Neither the server's own programs nor the PATH have pgbench."""
 
 
+class _Turns:
+    """Figures of the three tables, turn by turn, for one row of the results."""
+
+    def __init__(self) -> None:
+        self._figures: dict[Table, list[float]] = {table: [] for table in TABLES}
+        self._wal: dict[Table, list[float]] = {table: [] for table in TABLES}
+
+    def note(self, table: Table, figure: float, wal_bytes: float) -> None:
+        self._figures[table].append(figure)
+        self._wal[table].append(wal_bytes)
+
+    def row(self, what: str) -> Row:
+        return {
+            "what": what,
+            **{column: median(self._figures[table]) for table, column in TABLES.items()},
+            "ratio": self._ratio("bench_event"),
+            "floor_ratio": self._ratio("bench_floor"),
+            "wal_without": median(self._wal["bench_plain"]),
+            "wal_with": median(self._wal["bench_event"]),
+        }
+
+    def _ratio(self, table: Table) -> float:
+        """Of neighbours in time, so that a noisy minute is in both."""
+        return median(b / a for a, b in zip(self._figures["bench_plain"], self._figures[table], strict=True))
+
+
 def writers(bench: Bench, results: Results) -> list[Row]:
-    rows: list[Row] = []
+    del results
     with stage(bench.server) as on:
+        on.execute("create table bench_floor (like bench_plain including all)")
+        add_triggers(on, "bench_floor", ONLY_THE_KEY)
         for table in TABLES:
             on.rows = 0
             on.add(bench.size(_LOADED, 1_000), table=table)
-        on.execute("vacuum analyze bench_event, bench_plain")
-        rows += _single_rows(bench, on)
-        rows += _bulk(bench, on)
-    del results
-    return rows
+        on.execute(f"vacuum analyze {', '.join(TABLES)}")
+        return _single_rows(bench, on) + _bulk(bench, on)
 
 
 def _single_rows(bench: Bench, on: Stage) -> list[Row]:
     rows: list[Row] = []
-    rounds, seconds = bench.size(4, 1), bench.size(3, 1)
+    rounds, seconds = bench.size(4, 1), bench.size(2, 1)
     on.execute("create sequence bench_id start 10000000")
-    for what in ("insert", "update"):
-        for clients in (1, 16, 64) if not bench.quick else (4,):
-            rates: dict[Table, list[float]] = {table: [] for table in TABLES}
-            wal: dict[Table, list[float]] = {table: [] for table in TABLES}
-            for _ in range(rounds):
-                for table in TABLES:
-                    before = on.wal()
-                    rate, done = _pgbench(on, _script(what, table, bench.size(_LOADED, 1_000)), clients, seconds)
-                    rates[table].append(rate)
-                    wal[table].append((on.wal() - before) / max(done, 1))
-            rows.append(
-                {
-                    "what": f"{what}, {clients} client{'s' * (clients > 1)}",
-                    "without": median(rates["bench_plain"]),
-                    "with": median(rates["bench_event"]),
-                    # Of neighbours in time, so that a noisy minute is in both.
-                    "ratio": median(b / a for a, b in zip(rates["bench_plain"], rates["bench_event"], strict=True)),
-                    "wal_without": median(wal["bench_plain"]),
-                    "wal_with": median(wal["bench_event"]),
-                }
-            )
+    for way, crowds in _WAYS.items():
+        for what in ("insert", "update"):
+            for clients in crowds if not bench.quick else (4,):
+                turns = _Turns()
+                for _ in range(rounds):
+                    for table in TABLES:
+                        before = on.wal()
+                        script = _script(what, table, bench.size(_LOADED, 1_000))
+                        rate, done = _pgbench(on, script, way, clients, seconds)
+                        turns.note(table, rate, (on.wal() - before) / max(done, 1))
+                rows.append(turns.row(f"{what}, {clients} client{'s' * (clients > 1)}{way}"))
     return rows
 
 
@@ -75,11 +102,9 @@ def _script(what: str, table: Table, loaded: int) -> str:
 
 
 def _bulk(bench: Bench, on: Stage) -> list[Row]:
-    """Statements of 10,000 rows: how many times longer, and bytes of log for each row."""
-    rows: list[Row] = []
+    """Statements of 10,000 rows: microseconds and bytes of log for each row."""
     size = bench.size(_BULK, 500)
-    took: dict[tuple[str, Table], list[float]] = {}
-    wal: dict[tuple[str, Table], list[float]] = {}
+    turns = {what: _Turns() for what in ("insert", "update", "delete")}
     # Rows that are there already, so that making them up is not what takes the time.
     on.execute("create unlogged table bench_stock (like bench_plain)")
     on.execute(f"insert into bench_stock {ROWS} from generate_series(1, {size}) as i")
@@ -96,21 +121,9 @@ def _bulk(bench: Bench, on: Stage) -> list[Row]:
             ):
                 before, began = on.wal(), time.perf_counter()
                 on.execute(statement)
-                took.setdefault((what, table), []).append(time.perf_counter() - began)
-                wal.setdefault((what, table), []).append((on.wal() - before) / size)
-    for what in ("insert", "update", "delete"):
-        without, with_ = took[what, "bench_plain"], took[what, "bench_event"]
-        rows.append(
-            {
-                "what": f"{what} of {size:,} rows",
-                "without": median(without) * 1e6 / size,
-                "with": median(with_) * 1e6 / size,
-                "ratio": median(b / a for a, b in zip(without, with_, strict=True)),
-                "wal_without": median(wal[what, "bench_plain"]),
-                "wal_with": median(wal[what, "bench_event"]),
-            }
-        )
-    return rows
+                took = time.perf_counter() - began
+                turns[what].note(table, took * 1e6 / size, (on.wal() - before) / size)
+    return [each.row(f"{what} of {size:,} rows") for what, each in turns.items()]
 
 
 def _program(server: Server) -> Path:
@@ -123,15 +136,15 @@ def _program(server: Server) -> Path:
     return Path(found)
 
 
-def _pgbench(on: Stage, script: str, clients: int, seconds: int) -> tuple[float, int]:
+def _pgbench(on: Stage, script: str, way: Way, clients: int, seconds: int) -> tuple[float, int]:
     """Transactions per second, and how many there were."""
     file = on.folder / "script.sql"
     file.write_text(script)
-    # Prepared and through the socket: what is left of a statement is its work, so that ours shows most.
+    protocol, dsn = ("simple", on.dsn) if way else ("prepared", on.socket_dsn)
     done = subprocess.run(
         [
-            *(_program(on.server), "--no-vacuum", "--protocol=prepared", f"--file={file}"),
-            *(f"--client={clients}", f"--jobs={min(clients, 2)}", f"--time={seconds}", on.socket_dsn),
+            *(_program(on.server), "--no-vacuum", f"--protocol={protocol}", f"--file={file}"),
+            *(f"--client={clients}", f"--jobs={min(clients, 2)}", f"--time={seconds}", dsn),
         ],
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -4,7 +4,7 @@ At rest both must hold the same. While a schedule is played, what Convex shows o
 held at some time, in the order in which Postgres held it; and the version of a document never falls.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,14 +54,18 @@ class History:
     """The states that Postgres went through, and what Convex showed meanwhile."""
 
     def __init__(self) -> None:
-        self._states: list[Documents] = []
+        # Each with the mirrors that could not be read then.
+        self._states: list[tuple[Documents, frozenset[str]]] = []
         self._seen: dict[Key, _Seen] = {}
         self._versions: dict[str, Version] = {}
         self.wrong: list[Difference] = []
 
-    def committed(self, documents: Documents) -> None:
-        """Another state of Postgres. What is unfit is not in it: its document stays as it was, and nothing is seen."""
-        self._states.append(documents)
+    def committed(self, documents: Documents, unread: Iterable[str] = ()) -> None:
+        """Another state of Postgres. What is unfit is not in it: its document stays as it was, and nothing is seen.
+
+        `unread`: mirrors with a table that somebody has locked. What they held then, nobody knows; the worker may.
+        """
+        self._states.append((documents, frozenset(unread)))
 
     def emptied(self) -> None:
         """Convex has lost all that it had, versions included: what is missing says nothing until it is there again."""
@@ -98,22 +102,25 @@ class History:
     def check(self) -> list[Difference]:
         """What went back in time, or was never true."""
         for key, seen in self._seen.items():
-            place = 0
+            place, before = 0, seen.contents[0]
             for number, content in enumerate(seen.contents):
                 if number in seen.excused:
                     continue
-                following = self._first_with(key, content, place)
+                # A state that could not be read is one state: it held one content.
+                used_up = content != before and key[0] in self._states[place][1]
+                following = self._first_with(key, content, place + used_up)
                 if following is None:
                     ever = self._first_with(key, content, 0) is not None
                     says = f"back to {content}" if ever else f"{content}, which Postgres never held"
                     self.wrong.append(Difference("stale", f"{_name(key)}: for a while {says}"))
                     break
-                place = following
+                place, before = following, content
         return self.wrong
 
     def _first_with(self, key: Key, content: Content | None, start: int) -> int | None:
         for place in range(start, len(self._states)):
-            if self._states[place].get(key) == content:
+            documents, unread = self._states[place]
+            if key[0] in unread or documents.get(key) == content:
                 return place
         return None
 

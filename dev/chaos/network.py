@@ -77,7 +77,7 @@ def _failed(data: object) -> tuple[int, str, str]:
 
 _ANSWERS: Final[Mapping[Mode, tuple[int, str, str]]] = MappingProxyType(
     {
-        "400": _coded(400, "InvalidAdminKey"),
+        "400": _coded(400, "BadJsonBody"),
         "401": _coded(401, "BadAdminKey"),
         "403": _coded(403, "BadDeployKey"),
         "404": _coded(404, "DeploymentNotFound"),

@@ -60,16 +60,18 @@ class Witness:
     async def note_state(self, connection: AsyncConnection) -> None:
         """The application has committed: another state that Convex may show.
 
-        A table that somebody is about to truncate cannot be read, by us or by the worker: until then it is as it was.
-        `connection` gives up soon.
+        A table that somebody is about to truncate cannot be read. The worker, who waits for it longer than we do, reads
+        in the end what was when he began to wait: a state that we may never see. `connection` gives up soon.
         """
-        self.states_missing = False
+        unread = []
         for mirror in application.MIRROR_NAMES:
             try:
                 self._state[mirror], _ = await application.expected_documents(connection, mirror)
             except psycopg.errors.LockNotAvailable:
-                self.states_missing = True
-        self.history.committed({key: each for documents in self._state.values() for key, each in documents.items()})
+                unread.append(mirror)
+        self.states_missing = bool(unread)
+        state = {key: each for documents in self._state.values() for key, each in documents.items()}
+        self.history.committed(state, unread)
 
     async def empty(self) -> None:
         """Makes the deployment what it was before anybody used it."""

@@ -53,6 +53,23 @@ def test_what_is_seen_follows_what_was_true() -> None:
     assert seen(dump(X), states=(None, Y)) == ["stale"]
 
 
+def test_what_nobody_could_read_may_have_been_true() -> None:
+    history = History()
+    history.committed({KEY: X})
+    history.committed({KEY: X}, ["notes"])
+    history.committed({KEY: X})
+    for number, content in enumerate((X, Y, X), start=1):
+        history.saw(dump(content, number))
+    assert kinds(history) == []
+    # Only then, and only of that mirror.
+    history.saw(dump(Y, 4))
+    assert kinds(history) == ["stale"]
+    other = History()
+    other.committed({KEY: X}, ["visits"])
+    other.saw(dump(Y))
+    assert kinds(other) == ["stale"]
+
+
 def test_a_version_never_falls() -> None:
     assert seen(dump(X, 2), dump(Y, 1), states=(None, X, Y)) == ["stale"]
     assert seen(dump(X, 2), dump(None, 1), states=(None, X, None)) == ["stale"]

@@ -1,14 +1,16 @@
 """`backfill` and `parked`, as a person calls them."""
 
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psycopg
 import pytest
 
+from dev import postgres
 from dev.local_convex import LocalConvex
 from tests.integration.application import CHECK_INS, MIRRORS, TABLES, Database, toml
 from tests.integration.mirrored import Mirrored, eventually
@@ -80,6 +82,45 @@ def test_backfill_of_what_there_is_not_is_refused(command: Command) -> None:
     assert 'there is no mirror "nope" (there are: check-ins, status)' in done.stderr
 
 
+def test_replay_marks_once_more_what_changed_within_the_hours(db: Database, command: Command) -> None:
+    db.execute(
+        """insert into "CheckIn" select 'old' || n, 'u1', null, null, now() from generate_series(1, 3) as n;
+        update cdc.outbox set at = now() - interval '2 hours'"""
+    )
+    db.execute("""insert into "CheckIn" select 'c' || n, 'u1', null, null, now() from generate_series(1, 200) as n""")
+    db.execute("""update "CheckIn" set note = 'twice' where id = 'c7'""")
+    db.execute("""insert into "User" values ('u1', 'Ada')""")
+    db.execute("update cdc.checkpoint set position = pg_current_snapshot()")
+    before = sorted(db.execute("select mirror, key from cdc.dirty_key where at > now() - interval '1 hour'"))
+    assert before
+
+    done = command("replay", "1")
+    assert done.returncode == 0, done.stderr
+    again = db.execute(
+        "select mirror, key from cdc.dirty_key, cdc.checkpoint where not pg_visible_in_snapshot(xid, position)"
+    )
+    assert sorted(again) == sorted(set(before)), "each key once, and no older one"
+    assert line(done, "replay.marked")[0]["keys"] == len(again)
+    assert not line(done, "replay.cut_short")
+
+    # What replay has marked is in the log as well, and is no reason to go on for ever.
+    db.execute("update cdc.checkpoint set position = pg_current_snapshot()")
+    done = command("replay", "30", "status")
+    statuses = db.execute(
+        "select key from cdc.dirty_key, cdc.checkpoint where not pg_visible_in_snapshot(xid, position)"
+    )
+    assert set(statuses) == {("u1",)}
+    assert line(done, "replay.cut_short")
+
+
+def test_replay_repeats_a_rescan_too(db: Database, command: Command) -> None:
+    db.execute('truncate "CheckIn"')
+    db.execute("update cdc.checkpoint set position = pg_current_snapshot()")
+    command("replay", "1", "check-ins")
+    again = db.execute("select key from cdc.dirty_key, cdc.checkpoint where not pg_visible_in_snapshot(xid, position)")
+    assert again == [(None,)]
+
+
 @pytest.mark.one_postgres
 async def test_parked_keys_are_listed_retried_and_dropped(
     db: Database, command: Command, fresh_convex: LocalConvex
@@ -104,7 +145,18 @@ async def test_parked_keys_are_listed_retried_and_dropped(
         assert "bad" in listed.stdout
         assert "description is null" in listed.stdout
         assert "fine" not in listed.stdout
+        db.execute(
+            "insert into cdc.parked_key select id, E'\\x1b[2J\\n', 'row', 'x' from cdc.mirror where name = 'status'"
+        )
+        listed = command("parked", "list", "--mirror", "status")
+        assert r"\x1b[2J\n" in listed.stdout
+        assert "\x1b" not in listed.stdout
+        command("parked", "drop", "--mirror", "status", "--yes")
         assert "Nothing is parked." in command("parked", "list", "--mirror", "status").stdout
+        for word in ("list", "retry", "drop"):
+            refused = command("parked", word, "--mirror", "statsu", *(["--yes"] if word == "drop" else []))
+            assert refused.returncode == 2
+            assert refused.stderr == 'cdc-worker: there is no mirror "statsu" (there are: check-ins, status)\n'
 
         retried = command("parked", "retry", "bad")
         assert line(retried, "parked.marked")[0]["keys"] == 1
@@ -122,4 +174,39 @@ def test_a_page_that_cannot_be_marked_for_a_lock_is_said_in_words(db: Database, 
         full.execute("lock table cdc.outbox in share mode")
         done = command("backfill", "check-ins")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("cdc-worker: canceling statement due to lock timeout: somebody")
+    assert done.stderr.splitlines()[-1].startswith(
+        "cdc-worker: Postgres refuses: canceling statement due to lock timeout (somebody"
+    )
+
+
+@pytest.mark.parametrize("words", [("parked", "list"), ("parked", "retry"), ("parked", "drop", "--yes"), ("backfill",)])
+def test_a_command_says_what_keeps_it_from_postgres(
+    db: Database, postgres_server: postgres.Server, tmp_path: Path, words: Sequence[str]
+) -> None:
+    config = tmp_path / "cdc_worker.toml"
+    config.write_text(toml(MIRRORS))
+
+    def refusal(dsn: str) -> str:
+        env = environment(dsn, None, config)
+        done = subprocess.run(
+            [sys.executable, "-m", "cdc_worker", *words],
+            env=env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        return line
+
+    with contextlib.suppress(psycopg.errors.DuplicateObject):
+        postgres_server.create_role("stranger")
+    name = db.dsn.rsplit("/", 1)[1]
+    assert "Postgres refuses: permission denied for schema cdc (use the role" in refusal(
+        postgres_server.dsn(name, user="stranger")
+    )
+    unreachable = refusal(postgres_server.dsn("nowhere"))
+    assert "the database is out of reach: connection failed: " in unreachable
+    assert 'database "nowhere" does not exist' in unreachable

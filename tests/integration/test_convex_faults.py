@@ -10,7 +10,9 @@ import pytest
 from aiohttp import web
 from convex.http_client import ConvexHttpClient
 
+from cdc_worker.database import Database as Pool
 from cdc_worker.mirrors import Mirror
+from cdc_worker.replay import replay
 from dev import local_convex as convex
 from tests.integration.application import CHECK_INS, STATUS, TABLES, Database
 from tests.integration.interposed import (
@@ -86,7 +88,8 @@ FAULTS: dict[str, Fault] = {
     "too few verdicts": answers_after(200, FEWER),
     "a deployment that is not there": answers(404, ""),
     "a key that is not taken": answers(401, '{"code": "BadAdminKey", "message": "no"}'),
-    "a malformed request": answers(400, '{"code": "InvalidAdminKey", "message": "no"}'),
+    "a malformed key": answers(400, '{"code": "InvalidAdminKey", "message": "no"}'),
+    "a malformed request": answers(400, '{"code": "BadJsonBody", "message": "no"}'),
     "a paused deployment": answers(200, PAUSED),
     "functions that are gone": answers(200, GONE),
     "a reset before": resets,
@@ -156,6 +159,29 @@ async def test_a_key_that_convex_alone_refuses_is_found_and_parked(  # fixtures
         db.execute("""delete from "CheckIn" where id = %s""", f"{user}-11")
         await eventually(lambda: mirrored.descriptions(user), sorted([*wanted, "note 3"]))
         await eventually(lambda: db.execute(parked), [])
+
+
+async def test_functions_that_come_back_just_before_the_probe_are_no_fault_of_the_key(  # fixtures
+    mirrors: Sequence[Mirror], db: Database, between: Interposed, mirrored: Mirrored, user: str
+) -> None:
+    refused = 0
+
+    async def once(request: web.Request, body: bytes, run: Run) -> web.StreamResponse:
+        nonlocal refused
+        if b"a key alone" in body and refused == 0:
+            refused += 1
+            return web.Response(text=GONE)
+        status, answer = await run()
+        return web.Response(status=status, body=answer)
+
+    async with worker_at_work(quick_settings(db.dsn, between.convex), mirrors) as running:
+        await running.said("backfill.done")
+        between.fault = once
+        check_in(db, user, "1", "a key alone")
+        await eventually(lambda: mirrored.descriptions(user), ["a key alone"])
+        await running.stop()
+        assert refused == 1
+        assert running.log.of("key.parked") == []
 
 
 def takes_at_most(size: int, status: int) -> Fault:
@@ -264,6 +290,12 @@ async def test_documents_that_were_edited_or_removed_by_hand(
             await asyncio.to_thread(hand.mutation, "hand:remove", {})
             assert seen() == ([], None)
             change(5)
+            await eventually(seen, (["note 5"], 5000.0))
+
+            # Without a change of the row: a replay, as the command makes it.
+            await asyncio.to_thread(hand.mutation, "hand:remove", {})
+            async with Pool(database, statement_seconds=5) as pool:
+                await replay(pool, [number for (number,) in db.execute("select id from cdc.mirror")], hours=1)
             await eventually(seen, (["note 5"], 5000.0))
 
             # What is gone already is no obstacle to its own delete, nor to coming back.

@@ -330,6 +330,29 @@ def test_a_wrong_config_is_refused_before_anything_is_changed(db: Database, what
     assert nothing_was_made(db)
 
 
+def test_a_virtual_generated_column_is_refused_where_a_trigger_would_read_it(
+    postgres_server: postgres.Server, db: Database
+) -> None:
+    if int(postgres_server.version.split(".")[0]) < 18:
+        pytest.skip("this Postgres has none")
+    db.execute("create table t (id text, at timestamptz, twice text generated always as (id || id) virtual)")
+    for key, watch in (("twice", ()), ("id", ("twice",))):
+        with pytest.raises(ConfigError, match="column twice of t is a virtual generated column"):
+            db.migrate([activity(GOOD, key=(key,), watch=watch)])
+    assert nothing_was_made(db)
+    # Where no trigger reads it, it is a column like others.
+    db.migrate([activity(GOOD.replace("''", "twice"))])
+    db.execute("insert into t values ('1'), ('2'); update t set id = id || 'x'; update t set at = now()")
+    assert sorted(filter(None, db.captured())) == ["1", "1", "1x", "1x", "2", "2", "2x", "2x"]
+
+
+def test_a_domain_gives_a_key_like_its_type(db: Database) -> None:
+    db.execute("create domain user_id as text check (value <> ''); create table t (id user_id primary key)")
+    db.migrate([rows_of("t")])
+    db.execute("insert into t values ('1')")
+    assert db.captured() == ["1"]
+
+
 def test_all_that_is_wrong_is_said_at_once(db: Database) -> None:
     with pytest.raises(ConfigError) as caught:
         db.migrate([rows_of("nowhere", name="one"), rows_of("t", name="two")])
@@ -386,6 +409,14 @@ def test_a_table_that_may_not_be_read_is_told_so(postgres_server: postgres.Serve
     assert nothing_was_made(db)
 
 
+def test_a_table_whose_rows_a_policy_hides_is_told_so(db: Database) -> None:
+    db.execute("create table t (id text); alter table t enable row level security, force row level security")
+    with pytest.raises(ConfigError, match=r"affected by row-level security policy .* NO FORCE ROW LEVEL SECURITY"):
+        db.migrate([rows_of("t")])
+    db.execute("alter table t no force row level security")
+    db.migrate([rows_of("t")])
+
+
 def test_a_role_that_is_set_to_read_only_is_refused(postgres_server: postgres.Server) -> None:
     with postgres.database(postgres_server) as dsn, Database(dsn, T) as db:
         name = dsn.rsplit("/", 1)[1]
@@ -393,6 +424,16 @@ def test_a_role_that_is_set_to_read_only_is_refused(postgres_server: postgres.Se
         with pytest.raises(SchemaError, match="read-only"):
             migrate_now(dsn, [rows_of("t")])
         assert nothing_was_made(db)
+
+
+def test_a_database_without_an_encoding_is_refused(postgres_server: postgres.Server) -> None:
+    with postgres_server.admin() as superuser:
+        superuser.execute("create database bytes owner application encoding 'SQL_ASCII' template template0 locale 'C'")
+    try:
+        with pytest.raises(SchemaError, match="the encoding SQL_ASCII"):
+            migrate_now(postgres_server.dsn("bytes"), [rows_of("t")])
+    finally:
+        postgres.drop_database(postgres_server, "bytes")
 
 
 @pytest.mark.one_postgres

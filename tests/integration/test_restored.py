@@ -358,3 +358,31 @@ async def test_triggers_that_come_back(  # noqa: PLR0917  # fixtures
             await running.said("capture.restored")
             await eventually(lambda: state(mirrored, user), AFTER)
             await running.stop()
+
+
+async def test_triggers_that_were_off_between_two_looks(  # noqa: PLR0917  # fixtures
+    mirrors: Sequence[Mirror],
+    database: str,
+    local_convex: convex.LocalConvex,
+    mirrored: Mirrored,
+    user: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As `pg_restore --data-only --disable-triggers` leaves them: nobody saw them off."""
+    monkeypatch.setattr(care, "_SELDOM_SECONDS", 0.2)
+    with Database(database, TABLES, mirrors) as db:
+        async with worker_at_work(quick_settings(database, local_convex), mirrors) as running:
+            begin(db, user)
+            await eventually(lambda: state(mirrored, user), BEFORE)
+            await running.said("backfill.done", times=2)
+            db.execute("""begin; alter table "CheckIn" disable trigger user""")
+            go_on(db, user)
+            db.execute("""alter table "CheckIn" enable trigger user; commit""")
+            assert (await running.said("capture.restored"))["tables"] == ['"CheckIn"']
+            await eventually(lambda: state(mirrored, user), AFTER)
+            assert len(running.log.of("capture.restored")) == 1
+            assert running.log.of("capture.missing") == []
+            await running.stop()
+        # And `migrate` makes them such that it would be seen once more.
+        db.migrate(mirrors)
+        assert db.execute("select distinct tgenabled from pg_trigger where tgname like 'cdc_%'") == [("A",)]

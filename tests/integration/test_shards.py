@@ -122,6 +122,9 @@ def test_shards_are_spread_and_follow_who_comes_and_goes(db: Database, workers: 
     until(lambda: mirrored.descriptions("someone"), notes("with one of "))
     assert time.monotonic() - killed < 5  # its lease would have lasted longer
     until(lambda: (held(db), spread(db)), (4, [4]))
+    # Nobody leaves a part to the dead one.
+    dead = second.said("worker.started")["holder"]
+    assert db.one("select count(*) from cdc.worker where name = %s", dead) == 0
     events = [line["event"] for worker in workers.all for line in worker.lines]
     assert "session.fenced" not in events
     assert events.count("session.rescan") == 4  # the first opening of each shard

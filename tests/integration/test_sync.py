@@ -58,6 +58,13 @@ def test_times_are_milliseconds_whatever_their_zone(mirrored: Mirrored, user: st
     assert {each["timestamp"] for each in mirrored.activities(user)} == {NOON_MS}
 
 
+def test_a_millisecond_is_not_lost_to_a_float(mirrored: Mirrored, user: str) -> None:
+    # 541950522.813 * 1000 is a little less.
+    instant = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=541_950_522_813)
+    sync_activity(user, "check-in", "x", instant)
+    assert [each["timestamp"] for each in mirrored.activities(user)] == [541_950_522_813]
+
+
 async def test_a_status_field_stays_is_set_or_is_cleared(mirrored: Mirrored, user: str) -> None:
     await sync_user_status_async(user, last_check_in=NOON, alert_level="L2", alert_triggered_at=NOON)
     await asyncio.to_thread(sync_user_status, user, alert_level=None, next_due=NOON)

@@ -677,6 +677,141 @@ async def test_any_json_arrives(db: Database, work: Work, mirrored: Mirrored, us
             assert json.loads(found[what]) == json.loads(NASTY[what])
 
 
+async def test_what_the_role_is_set_to_changes_nothing(
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    """Writer and worker alike. The key has characters that the role's encoding lacks, and some that are quoted."""
+    name = db.dsn.rsplit("/", 1)[1]
+    for setting in (
+        *("client_encoding = 'latin1'", "standard_conforming_strings = off", "array_nulls = off", "search_path = ''"),
+        *("datestyle = 'SQL, DMY'", "timezone = 'Asia/Kathmandu'", "bytea_output = 'escape'", "row_security = off"),
+        *("transform_null_equals = on", "extra_float_digits = -15", "plan_cache_mode = force_generic_plan"),
+    ):
+        db.execute(f"alter database {name} set {setting}")
+    mirror = mirrors[0].model_copy(
+        update={
+            "query": mirrors[0].query.replace('"CheckIn"', 'public."CheckIn"'),
+            "sources": (Source(table='public."CheckIn"', key=("id",)),),
+        }
+    )
+    key = f"""{user} \u20ac \\ ' " {{}} , null"""
+    with Database(db.dsn) as writer:
+        writer.migrate([mirror])
+        async with work([mirror]) as running:
+            await running.said("backfill.done")
+            writer.execute("set client_encoding = utf8")
+            for note in ("one", "two"):
+                writer.execute("""delete from public."CheckIn\"""")
+                writer.execute("""insert into public."CheckIn" values (%s, %s, %s, null, now())""", key, user, note)
+                await eventually(lambda: mirrored.descriptions(user), [note])
+            assert mirrored.keys(mirror.name) == [key]
+            assert [line for line in running.log.lines if line["level"] in {"warning", "error"}] == []
+
+
+async def test_a_document_that_just_fits_arrives(db: Database, work: Work, mirrored: Mirrored, user: str) -> None:
+    """A request that is a little larger than one document may be."""
+    note = "x" * 1_048_200
+    check_in(db, user, "1", note)
+    async with work():
+        await eventually(lambda: mirrored.descriptions(user), [note])
+
+
+@pytest.mark.parametrize("state", ["54000", "54001"])
+async def test_a_row_that_passes_a_limit_of_postgres_is_parked_alone(  # noqa: PLR0917  # fixtures
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str, state: str
+) -> None:
+    """A text whose JSON passes 1 GB, a value that is nested too deep for the stack: nothing that ends by waiting."""
+    db.execute(
+        f"""create function checked(note text) returns text language plpgsql as $$ begin
+            if note = 'bad' then raise exception 'too much' using errcode = '{state}'; end if; return note;
+        end $$"""
+    )
+    mirror = mirrors[0].model_copy(
+        update={"query": mirrors[0].query.replace("coalesce(note,", "coalesce(checked(note),")}
+    )
+    db.migrate([mirror])
+    async with work([mirror]):
+        for note in ("bad", "good"):
+            check_in(db, user, note, note)
+        await eventually(lambda: mirrored.descriptions(user), ["good"])
+        await eventually(lambda: db.execute("select key, class from cdc.parked_key"), [(f"{user}-bad", "row")])
+
+
+async def test_a_parked_key_that_is_longer_than_an_index_row_stops_nobody(
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    mirror = mirrors[0].model_copy(update={"query": mirrors[0].query.replace("coalesce(note, 'Checked in')", "note")})
+    db.execute('alter table "CheckIn" drop constraint "CheckIn_pkey"')
+    db.migrate([mirror])
+    # Random, so that nothing makes them short.
+    long = "".join(uuid.uuid4().hex for _ in range(500))
+    async with work([mirror]) as running:
+        await running.said("backfill.done")
+        for end in ("a", "b"):
+            check_in(db, user, long + end)
+        check_in(db, user, "good", "good")
+        await eventually(lambda: mirrored.descriptions(user), ["good"])
+        parked = "select count(*), sum(attempts) from cdc.parked_key"
+        await eventually(lambda: db.execute(parked), [(2, 2)])
+        db.execute("""update "CheckIn" set "createdAt" = now() where note is null""")
+        await eventually(lambda: db.execute(parked), [(2, 4)])
+        db.execute("""update "CheckIn" set note = 'mended' where note is null""")
+        await eventually(lambda: db.execute(parked), [(0, None)])
+        await eventually(lambda: mirrored.descriptions(user), ["good", "mended", "mended"])
+        assert running.log.of("database.refuses") == []
+
+
+async def test_a_rescan_that_fails_holds_up_no_other_and_quotes_no_row(
+    db: Database, work: Work, mirrored: Mirrored
+) -> None:
+    good, bad = rows_of("good", name=f"good-{uuid.uuid4().hex[:8]}"), rows_of("bad", name=f"bad-{uuid.uuid4().hex[:8]}")
+    bad = bad.model_copy(update={"query": f"{bad.query} where note::int > 0"})
+    db.execute("create table bad (id text, note text); insert into bad values ('1', 's3cret')")
+    db.execute("create table good (id text); insert into good values ('1')")
+    db.migrate([bad])
+    db.migrate([bad, good])
+    async with work([bad, good]) as running:
+        await eventually(lambda: mirrored.keys(good.name), ["1"])
+        failed = await running.said("care.failed")
+        assert failed["cause"] == f'rescan of mirror "{bad.name}": InvalidTextRepresentation (22P02)'
+        db.execute("update bad set note = '2'")
+        await eventually(lambda: mirrored.keys(bad.name), ["1"])
+        assert "s3cret" not in str(running.log.lines)
+
+
+async def test_a_column_that_is_gone_is_not_said_with_each_write(db: Database, work: Work, mirrored: Mirrored) -> None:
+    mirror = rows_of("t", name=f"gone-{uuid.uuid4().hex[:8]}", watch=("note",))
+    db.execute("create table t (id text, note text)")
+    db.migrate([mirror])
+    async with work([mirror]) as running:
+        await running.said("backfill.done")
+        db.execute("alter table t drop column note")
+        for key in ("1", "2", "3"):
+            db.execute("insert into t values (%s)", key)
+            await eventually(lambda: mirrored.keys(mirror.name)[-1:], [key])
+        assert len(running.log.of("capture.rescan")) == 1
+
+
+async def test_rows_that_a_policy_hides_are_not_taken_for_deleted(
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    check_in(db, user, "1", "here")
+    async with work() as running:
+        await eventually(lambda: mirrored.descriptions(user), ["here"])
+        db.execute(
+            """alter table "CheckIn" enable row level security, force row level security;
+            create policy own on "CheckIn" using ("userId" = current_setting('app.user', true))"""
+        )
+        db.execute("select set_config('app.user', %s, false)", user)
+        db.execute("""update "CheckIn" set note = 'changed'""")
+        assert "row-level security" in (await running.said("mirror.broken"))["cause"]
+        await running.said("key.parked")
+        assert mirrored.descriptions(user) == ["here"]
+        db.execute("""alter table "CheckIn" no force row level security""")
+        await eventually(lambda: mirrored.descriptions(user), ["changed"])
+        await running.said("key.settled")
+
+
 async def test_a_key_of_another_shape_than_before_is_no_obstacle(db: Database, work: Work, mirrored: Mirrored) -> None:
     # The documents under the old keys are in Convex, and so are their names in the log.
     name = f"shape-{uuid.uuid4().hex[:8]}"

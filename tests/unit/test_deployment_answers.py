@@ -81,6 +81,8 @@ def test_any_answer(status: int, answer: dict[str, Any]) -> None:
         (200, "{}", Transient),
         (302, "", Misconfigured),
         (400, '{"code":"BadJsonBody","message":"x"}', FunctionFailed),
+        (400, '{"code":"InvalidAdminKey","message":"x"}', Misconfigured),
+        (400, '{"code":["x"]}', FunctionFailed),
         (413, "<html>", FunctionFailed),
         (401, '{"code":"BadAdminKey"}', Misconfigured),
         (403, '{"code":"BadDeployKey"}', Misconfigured),

@@ -72,13 +72,33 @@ def test_where_convex_is(monkeypatch: pytest.MonkeyPatch, environment: dict[str,
     assert load(monkeypatch, **environment).convex_url == url
 
 
+def test_spaces_and_ends_of_lines_around_a_value_are_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch, DATABASE_URL=f" {DSN}\n", CONVEX_URL=" https://a.convex.cloud/\n")
+    assert settings.database_url.get_secret_value() == DSN
+    assert settings.convex_url == "https://a.convex.cloud"
+
+
+def test_what_only_prisma_knows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="has what only Prisma knows: take connection_limit, schema out"):
+        load(monkeypatch, DATABASE_URL=f"{DSN}?schema=public&connection_limit=5")
+    with pytest.raises(ConfigError, match="is no connection string") as caught:
+        load(monkeypatch, DATABASE_URL=f"{DSN}?cret=1")
+    assert "cret" not in str(caught.value)
+
+
+def test_an_address_with_a_password_is_refused_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="CONVEX_URL: must be an address like") as caught:
+        load(monkeypatch, CONVEX_URL="https://someone:s3cret@a.convex.cloud")
+    assert "s3cret" not in str(caught.value)
+
+
 BOUNDS = [
     ("CDC_BATCH_KEYS", "0", "greater than or equal to 1"),
     ("CDC_BATCH_KEYS", "501", "less than or equal to 500"),
     ("CDC_BATCH_KEYS", "many", "valid integer"),
     ("CDC_BATCH_BYTES", "65535", "greater than or equal to 65536"),
     ("CDC_BATCH_BYTES", "8388609", "less than or equal to 8388608"),
-    ("CDC_IN_FLIGHT", "17", "less than or equal to 16"),
+    ("CDC_IN_FLIGHT", "1025", "less than or equal to 1024"),
     ("CDC_PAGE_ROWS", "10001", "less than or equal to 10000"),
     ("CDC_POLL_SECONDS", "0", "greater than or equal to 0.01"),
     ("CDC_POLL_SECONDS", "nan", "less than or equal to 60|finite"),
