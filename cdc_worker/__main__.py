@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Annotated, TypeVar
 
 import psycopg
@@ -21,6 +22,7 @@ from cdc_worker import parking
 from cdc_worker.catalog import check
 from cdc_worker.database import Database, cause, is_gone
 from cdc_worker.errors import CdcError, ConfigError, SchemaError
+from cdc_worker.locks import when_free
 from cdc_worker.logs import configure_logs
 from cdc_worker.migrate import migrate as bring_up_to_date
 from cdc_worker.mirrors import Mirror, load_mirrors
@@ -125,11 +127,14 @@ def _chosen(mirrors: Sequence[Mirror], name: str | None) -> list[Mirror]:
 
 
 async def _ids(database: Database, mirrors: Sequence[Mirror]) -> dict[str, int]:
-    ids: dict[str, int] = dict(await database.execute("select name, id from cdc.mirror where configured"))
+    known = await database.execute("select name, id, definition from cdc.mirror where configured")
+    definitions: dict[str, str] = {name: definition for name, _, definition in known}
     for mirror in mirrors:
-        if mirror.name not in ids:
+        if mirror.name not in definitions:
             raise SchemaError(f'mirror "{mirror.name}" is new to this database: run `cdc-worker migrate` first')
-    return ids
+        if definitions[mirror.name] != mirror.definition:
+            raise SchemaError(f'mirror "{mirror.name}" is not as the database knows it: run `cdc-worker migrate` first')
+    return {name: number for name, number, _ in known}
 
 
 async def _backfill(database: Database, mirrors: Sequence[Mirror]) -> None:
@@ -144,9 +149,13 @@ async def _backfill(database: Database, mirrors: Sequence[Mirror]) -> None:
         disable=not sys.stderr.isatty(),
     ) as progress:
         for mirror in mirrors:
-            async with database.transaction("read only") as connection:
-                plan = await check(connection, mirror)
+            plan = await when_free(f'mirror "{mirror.name}"', partial(_plan, database, mirror), database.execute)
             await _backfill_one(database, ids[mirror.name], plan, progress)
+
+
+async def _plan(database: Database, mirror: Mirror) -> Plan:
+    async with database.transaction("read only") as connection:
+        return await check(connection, mirror)
 
 
 async def _backfill_one(database: Database, mirror_id: int, plan: Plan, progress: Progress) -> None:
@@ -299,6 +308,8 @@ def _cure(error: psycopg.Error) -> str:
         return " (use the role that ran `cdc-worker migrate`)"
     if isinstance(error, psycopg.errors.QueryCanceled):
         return " (CDC_STATEMENT_SECONDS is the limit)"
+    if isinstance(error, psycopg.errors.LockNotAvailable):
+        return " (somebody else holds a lock: run it again)"
     return ""
 
 

@@ -10,20 +10,25 @@ from dataclasses import dataclass
 from typing import LiteralString
 
 from cdc_worker.database import Connection, Database, fetch
-from cdc_worker.keys import join_key, split_key
+from cdc_worker.keys import join_key, key_parts
 from cdc_worker.migrate import RESCAN
 from cdc_worker.outbox import mark
 from cdc_worker.plan import Plan
 
 PAGE_KEYS = 1_000
 
+# Of a mirror that `migrate` has changed since this process read cdc_worker.toml, the rescan is for the worker that
+# comes with the new one: by this one's query the documents are what they were.
 _NEXT = """
-select mirror, phase, with_documents, after, marked from cdc.backfill
-where phase <> 'done' and mirror = any ($1::int2[]) order by requested_at limit 1
+select b.mirror, b.phase, b.with_documents, b.after, b.marked
+from cdc.backfill b join cdc.mirror m on m.id = b.mirror
+join unnest($1::int2[], $2::text[]) as known (mirror, definition) on known.mirror = m.id
+where b.phase <> 'done' and m.definition = known.definition order by b.requested_at limit 1
 """
 _TAKE = """
 select again from cdc.backfill
-where mirror = $1 and phase = $2 and after is not distinct from $3::text for update skip locked
+where mirror = $1 and phase = $2 and after is not distinct from $3::text
+  and exists (select from cdc.mirror where id = $1 and definition = $4) for update skip locked
 """
 _MOVE = """
 update cdc.backfill
@@ -81,10 +86,12 @@ def _explain(plan: Plan) -> LiteralString:
 
 
 async def _next_rows(connection: Connection, plan: Plan, after: str | None) -> list[str]:
-    if after is None:
+    # One that was under way when the mirror got another key starts anew.
+    parts = None if after is None else key_parts(after, plan.key_types)
+    if parts is None:
         found = await fetch(connection, plan.first_keys, PAGE_KEYS)
     else:
-        found = await fetch(connection, plan.next_keys, PAGE_KEYS, *split_key(after, len(plan.mirror.key)))
+        found = await fetch(connection, plan.next_keys, PAGE_KEYS, *parts)
     return [join_key(row) for row in found]
 
 
@@ -93,7 +100,7 @@ async def step(database: Database, plans: dict[int, Plan], list_documents: ListD
 
     Without `list_documents` the second phase is left to the worker.
     """
-    rows = await database.execute(_NEXT, list(plans))
+    rows = await database.execute(_NEXT, list(plans), [plan.mirror.definition for plan in plans.values()])
     if not rows:
         return None
     mirror_id, phase, with_documents, after, total = rows[0]
@@ -105,7 +112,7 @@ async def step(database: Database, plans: dict[int, Plan], list_documents: ListD
         # Before the transaction: Convex may take its time.
         documents = await list_documents(plan, after, PAGE_KEYS)
     async with database.transaction() as connection:
-        still = await fetch(connection, _TAKE, mirror_id, phase, after)
+        still = await fetch(connection, _TAKE, mirror_id, phase, after, plan.mirror.definition)
         if not still:
             return Step(mirror_id, phase, False, total)  # somebody else was quicker
         ((again,),) = still

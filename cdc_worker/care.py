@@ -28,6 +28,7 @@ from cdc_worker.registry import Registry
 from cdc_worker.rotation import rotate
 from cdc_worker.sender import Tally
 from cdc_worker.settings import Settings
+from cdc_worker.tables import look_at_tables
 from convex import ConvexError
 
 log = structlog.get_logger()
@@ -136,6 +137,9 @@ class Care:
             )
             await self._look_at_triggers()
         await self._registry.mend()
+        if self._shard.number == 0:
+            plans = self._registry.plans
+            await look_at_tables(self._database, {number: plan.mirror for number, plan in plans.items()})
         await self._note_saves()
         await self._rescan(reader)
 

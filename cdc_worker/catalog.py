@@ -12,6 +12,7 @@ from psycopg import sql
 
 from cdc_worker.database import Connection, Database, fetch, first_lines, is_gone
 from cdc_worker.errors import ConfigError
+from cdc_worker.locks import LOCKED
 from cdc_worker.mirrors import Mirror, Source
 from cdc_worker.plan import JSON_COLUMNS, OPTIONAL, REQUIRED, TIME_COLUMNS, Plan, make_plan
 
@@ -54,7 +55,10 @@ _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S"
 
 
 async def check(connection: Connection, mirror: Mirror) -> Plan:
-    """The plan for a mirror. Raises ConfigError naming the mirror, what is wrong and what to do."""
+    """The plan for a mirror.
+
+    Raises ConfigError naming the mirror, what is wrong and what to do; and LOCKED, which says nothing of the mirror.
+    """
     types = await _describe(connection, mirror)
     missing = [name for name in (*mirror.key, *REQUIRED[mirror.target]) if name not in types]
     if missing:
@@ -93,7 +97,7 @@ async def _describe(connection: Connection, mirror: Mirror) -> dict[str, int]:
     except psycopg.errors.ProtocolViolation:
         raise _wrong(mirror, "its query fails: it has a parameter ($1), and there is nothing to give") from None
     except psycopg.Error as error:
-        if is_gone(error):
+        if is_gone(error) or isinstance(error, LOCKED):
             raise
         hint = error.diag.message_hint
         raise _wrong(mirror, f"its query fails: {first_lines(error)}{f' ({hint})' if hint else ''}") from None
@@ -110,7 +114,7 @@ async def find_table(connection: Connection, mirror: Mirror, source: Source) -> 
         async with connection.transaction():
             found = await fetch(connection, _RELATION, source.table)
     except psycopg.Error as error:
-        if is_gone(error):
+        if is_gone(error) or isinstance(error, LOCKED):
             raise
         found = []  # it is no table's name
     if not found:

@@ -1,6 +1,9 @@
 """A shard's one row: how far it got (the checkpoint), fenced by the token of the lease (allotment.py)."""
 
+import contextlib
 from dataclasses import dataclass
+
+import psycopg
 
 from cdc_worker.database import Database
 from cdc_worker.errors import Fenced
@@ -18,14 +21,16 @@ _NOTE_EPOCH = """
 update cdc.checkpoint set epoch = $3, deployment = $4, incarnation = $5 where shard = $1 and token = $2 returning 1
 """
 _RELEASE = "update cdc.checkpoint set holder = null, holder_pid = null where shard = $1 and token = $2"
-# Cluster, timeline, database and outbox: a restore, a fail-over and a copy each change at least one. The first two may
-# have been taken from plain roles by a managed service.
+# Of the log that is written now. What pg_control_checkpoint() says is minutes old after a fail-over: it is the timeline
+# of the last checkpoint.
+_TIMELINE = "select ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int8"
+# Cluster, timeline ($1), database and outbox: a restore, a fail-over and a copy each change at least one. The cluster's
+# may have been taken from plain roles by a managed service.
 _INCARNATION = """
 select concat_ws('/',
     case when has_function_privilege('pg_control_system()', 'execute')
          then (select system_identifier::text from pg_control_system()) end,
-    case when has_function_privilege('pg_control_checkpoint()', 'execute')
-         then (select timeline_id::text from pg_control_checkpoint()) end,
+    $1::int8,
     (select oid::text from pg_database where datname = current_database()),
     'cdc.outbox'::regclass::oid::text)
 """
@@ -86,7 +91,11 @@ class Checkpoint:
 
     async def incarnation(self) -> str:
         """Which Postgres this is."""
-        ((text,),) = await self._database.execute(_INCARNATION)
+        timeline = None
+        # A service whose storage has no such log (Aurora) has no timelines, either.
+        with contextlib.suppress(psycopg.errors.FeatureNotSupported, psycopg.errors.InsufficientPrivilege):
+            ((timeline,),) = await self._database.execute(_TIMELINE)
+        ((text,),) = await self._database.execute(_INCARNATION, timeline)
         return str(text)
 
     def _fence(self, rows: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -10,10 +10,12 @@ import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Any, LiteralString, Self
 
 import psycopg
 from psycopg import AsyncConnection, AsyncRawCursor
+from psycopg.abc import RV, PQGen
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
@@ -49,8 +51,26 @@ _NOW: LiteralString = "select pg_current_snapshot()::text"
 GONE = (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError, OSError)
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """For each wait of a connection: how long, and who watches it."""
+
+    seconds: float
+    liveness: Liveness
+
+
 class Connection(AsyncConnection[Row]):
     """A connection that is given up with the task that waits for it."""
+
+    # Of one that the pool has made. A page reads with as many statements as it likes: the limit is of each.
+    limits: _Limits | None = None
+
+    async def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
+        """Every wait for the server comes by here: statements, commits and roll-backs, the pool's own too."""
+        if self.limits is None:
+            return await super().wait(gen, *args, **kwargs)
+        with self.limits.liveness.waits_for(_POSTGRES), cut_after(self, self.limits.seconds):
+            return await super().wait(gen, *args, **kwargs)
 
     async def cancel_safe(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109  # the driver's own
         """What the driver calls for a task that is cancelled in the middle of a statement, before it lets go.
@@ -116,7 +136,7 @@ class Database:
 
     async def execute(self, statement: LiteralString, *params: Any) -> list[Row]:
         """One statement in a transaction of its own; its rows, if it has any."""
-        async with self._borrow(self._statement_seconds + _GRACE_SECONDS) as connection:
+        async with self._borrow() as connection:
             return await fetch(connection, statement, *params)
 
     @asynccontextmanager
@@ -135,22 +155,16 @@ class Database:
     async def _begun(
         self, mode: LiteralString, first: LiteralString = ""
     ) -> AsyncIterator[tuple[Connection, list[Row]]]:
-        async with self._borrow(self._statement_seconds * 2 + _GRACE_SECONDS) as connection:
+        async with self._borrow() as connection:
             rows = await begin(connection, mode, first, statement_seconds=self._statement_seconds)
             yield connection, rows
             await connection.commit()
 
     @asynccontextmanager
-    async def _borrow(self, seconds: float) -> AsyncIterator[Connection]:
-        """A connection for so long at the most, the roll-back of what went wrong included."""
-        with self._liveness.waits_for(_POSTGRES):
-            async with self._connection(seconds) as connection:
-                yield connection
-
-    @asynccontextmanager
-    async def _connection(self, seconds: float) -> AsyncIterator[Connection]:
+    async def _borrow(self) -> AsyncIterator[Connection]:
         try:
-            connection = await self._pool.getconn()
+            with self._liveness.waits_for(_POSTGRES):
+                connection = await self._pool.getconn()
         except PoolTimeout:
             raise PoolTimeout(
                 f"no connection within {_CONNECT_SECONDS} s: all are in use, or Postgres (or its pooler) gives no more"
@@ -161,9 +175,9 @@ class Database:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise asyncio.CancelledError
-            with cut_after(connection, seconds):
-                async with connection:
-                    yield connection
+            connection.limits = _Limits(self._statement_seconds + _GRACE_SECONDS, self._liveness)
+            async with connection:
+                yield connection
         finally:
             await self._pool.putconn(connection)
 

@@ -111,7 +111,7 @@ def _why(error: BaseException) -> str:
 def _decode(status: int, text: bytes) -> Any:
     """The closed set of answers (facts: a function that fails is a 200 with `status: "error"`, or a 560)."""
     try:
-        answer = json.loads(text)
+        answer = _parse(text)
     except (ValueError, RecursionError):
         answer = None
     if status in {200, 560}:
@@ -140,6 +140,24 @@ def _decode(status: int, text: bytes) -> Any:
     if status in {429, 503}:  # too many at once, or a conflict that Convex' own retries did not solve
         raise Overloaded(said)
     raise Transient(said)
+
+
+def _parse(text: bytes) -> Any:
+    """The JSON of an answer. Convex says neither NUL nor half of a surrogate pair; of whoever does, they become a `?`,
+    since neither Postgres nor a log takes them.
+    """
+    answer = json.loads(text)
+    return _speakable(answer) if b"\\u0000" in text or b"\\ud" in text.lower() else answer
+
+
+def _speakable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\0", "?").encode(errors="replace").decode()
+    if isinstance(value, list):
+        return [_speakable(item) for item in value]
+    if isinstance(value, dict):
+        return {_speakable(name): _speakable(item) for name, item in value.items()}
+    return value
 
 
 def _error_data(data: Any) -> Any:

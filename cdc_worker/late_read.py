@@ -4,7 +4,7 @@ Memory is bounded: a mirror's query first gives only the sizes of large rows, th
 would pass the bound, and only what is left of the large ones is then fetched whole.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import psycopg
@@ -56,14 +56,23 @@ _Found = dict[str, Event | int]
 
 
 class LateReader:
-    """Reads pages for one reader."""
+    """Reads pages for one reader. `moved` is told of each statement: a page of many slow mirrors may take its time."""
 
-    def __init__(self, database: Database, shard: Shard, mirrors: Mapping[int, MirrorState], *, page_rows: int) -> None:
+    def __init__(
+        self,
+        database: Database,
+        shard: Shard,
+        mirrors: Mapping[int, MirrorState],
+        *,
+        page_rows: int,
+        moved: Callable[[], None],
+    ) -> None:
         self._database = database
         self._shard = shard
         self._mirrors = mirrors
         self._most_rows = page_rows
         self._page_rows = page_rows
+        self._moved = moved
 
     async def read(self, position: Position, number: int) -> Readings:
         """The next page behind `position`, its readings numbered `number`."""
@@ -101,7 +110,7 @@ class LateReader:
             if count < len(page.rows):
                 page = page.cut(count)
                 keys = _distinct_keys(page.rows)
-            readings = Readings(page, rescans={row.mirror_id for row in page.rows if row.key is None})
+            readings = Readings(page, rescans={self._mirror(row.mirror_id).id for row in page.rows if row.key is None})
             for state in states:
                 wanted = keys.get(state.id, [])
                 readings.events += await self._complete(connection, state, found[state.id], wanted, number)
@@ -118,6 +127,7 @@ class LateReader:
     async def _rows(
         self, connection: Connection, state: MirrorState, keys: Sequence[str], number: int, *, careful: bool
     ) -> _Found:
+        self._moved()
         if state.plan is None:
             return _all(state, keys, ("mirror", state.broken))
         maker = EventMaker(state.plan, state.id, number)
@@ -151,6 +161,7 @@ class LateReader:
         self, connection: Connection, state: MirrorState, found: _Found, keys: Sequence[str], number: int
     ) -> list[Event]:
         """The events of `keys`. Large rows are fetched whole; they were seen in this very snapshot."""
+        self._moved()
         large = [key for key in keys if isinstance(found[key], int)]
         if large and state.plan is None:  # found broken by a later key of this very page
             found |= _all(state, large, ("mirror", state.broken))

@@ -18,6 +18,7 @@ from cdc_worker.capture import EVENTS, Feed, create_function, create_trigger, fu
 from cdc_worker.catalog import check, find_table
 from cdc_worker.database import Connection, begin, connect, fetch, first_lines
 from cdc_worker.errors import ConfigError, SchemaError
+from cdc_worker.locks import holders, when_free
 from cdc_worker.mirrors import Mirror
 from cdc_worker.resharding import divide
 
@@ -108,19 +109,19 @@ async def migrate(dsn: str, mirrors: Sequence[Mirror], *, shards: int = 1) -> No
     """Brings the schema cdc, the shards and all triggers up to date.
 
     Raises ConfigError, before anything is changed, if a mirror does not fit the database, and SchemaError if
-    the database cannot be migrated (a standby, a changed migration, no right to create).
+    the database cannot be migrated (a standby, a changed migration, no right to create, a lock of somebody else).
     """
     async with await connect(dsn) as connection, await connect(dsn) as guard:
-        await _transaction(connection, lambda: _check_all(connection, mirrors))
+        await _when_free(connection, "the mirrors' tables", lambda: _check_all(connection, mirrors))
         await begin(guard, "read only", statement_seconds=_LOCK_SECONDS)
         await guard.execute(f"set local lock_timeout = {int(_LOCK_SECONDS * 1000)}")
         await guard.execute(_LOCK)
         try:
             await _between_writers(connection, "the log", lambda: _apply(connection))
-            await _transaction(connection, lambda: divide(connection, shards))
-            ids = await _transaction(connection, lambda: _register(connection, mirrors))
+            await _when_free(connection, "the shards", lambda: divide(connection, shards))
+            ids = await _when_free(connection, "the mirrors", lambda: _register(connection, mirrors))
             uncaptured = await _bring_triggers(connection, mirrors, ids)
-            await _transaction(connection, lambda: _finish(connection, mirrors, uncaptured))
+            await _when_free(connection, "the mirrors", lambda: _finish(connection, mirrors, uncaptured))
         except psycopg.errors.InsufficientPrivilege as error:
             raise SchemaError(
                 f"{first_lines(error)}: the role in DATABASE_URL must be allowed to create a schema in this database,"
@@ -138,6 +139,10 @@ async def _transaction(connection: Connection, work: Callable[[], Awaitable[T]])
         raise
     await connection.commit()
     return result
+
+
+async def _when_free(connection: Connection, what: str, work: Callable[[], Awaitable[T]]) -> T:
+    return await when_free(what, lambda: _transaction(connection, work), lambda query: fetch(connection, query))
 
 
 async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
@@ -283,7 +288,8 @@ async def _between_writers(connection: Connection, what: str, work: Callable[[],
             if attempt % 10 == 1:
                 log.info("capture.waiting_for_table", table=what, attempt=attempt)
             await asyncio.sleep(random.uniform(0.1, 0.5))  # noqa: S311  # spreads tries, hides nothing
-    raise SchemaError(f"{what} was busy for too long (a long transaction?): run migrate again")
+    held = await holders(lambda query: fetch(connection, query))
+    raise SchemaError(f"{what} was busy for too long; {held}: run migrate again then")
 
 
 async def _finish(connection: Connection, mirrors: Sequence[Mirror], uncaptured: set[int]) -> None:

@@ -34,7 +34,7 @@ class _Answer(BaseModel):
     model_config = ConfigDict(strict=False)
 
     deployment: str
-    epoch: int = Field(gt=0)
+    epoch: int = Field(gt=0, le=2**53)
     previous: int | None
     # Under `previous`: as far as Convex was told.
     previousSaves: int  # noqa: N815  # as Convex says it

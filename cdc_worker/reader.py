@@ -48,7 +48,7 @@ class Reader:
         self._shard = shard
         # The gate is closed: whatever was committed since, and is not read, has rung or will ring.
         self._armed = False
-        self._late = LateReader(database, shard, mirrors, page_rows=page_rows)
+        self._late = LateReader(database, shard, mirrors, page_rows=page_rows, moved=self._moved)
         self._lanes = lanes
         self.position = position
         self._poll_seconds = poll_seconds
@@ -62,6 +62,9 @@ class Reader:
         self._freed = asyncio.Event()
         # The last look found nothing: whoever has time may add work of his own.
         self.caught_up = asyncio.Event()
+
+    def _moved(self) -> None:
+        self._liveness.moved(_READER)
 
     def listen(self, bell: Bell) -> None:
         """There is a bell now, where there was none."""
@@ -96,7 +99,7 @@ class Reader:
             await self._disarm()
             self._freed.clear()
             await self._freed.wait()
-        self._liveness.moved(_READER)
+        self._moved()
         return not self._stopping
 
     async def _step(self) -> bool:
@@ -158,7 +161,7 @@ class Reader:
 
     async def _something(self) -> bool:
         moved = await look(self._database, self._shard, self.position)
-        self._liveness.moved(_READER)
+        self._moved()
         if moved is None:
             return True
         self.position = moved

@@ -6,9 +6,10 @@ import psycopg
 import structlog
 
 from cdc_worker.catalog import check
-from cdc_worker.database import Database
+from cdc_worker.database import Database, first_lines
 from cdc_worker.errors import ConfigError, SchemaError
 from cdc_worker.late_read import MirrorState
+from cdc_worker.locks import LOCKED
 from cdc_worker.migrate import load_migrations
 from cdc_worker.mirrors import Mirror
 from cdc_worker.parking import Parking
@@ -69,12 +70,14 @@ class Registry:
         try:
             async with self._database.transaction("read only") as connection:
                 plan = await check(connection, mirror)
-        except ConfigError as error:
+        except (ConfigError, *LOCKED) as error:
+            # Whatever is locked may stay so for hours, and other mirrors have nothing to do with it.
+            cause = first_lines(error) if isinstance(error, psycopg.Error) else str(error)
             if not state.broken:
                 log.error(
-                    "mirror.broken", mirror=mirror.name, cause=str(error), cure="its keys are parked until it is mended"
+                    "mirror.broken", mirror=mirror.name, cause=cause, cure="its keys are parked until it is mended"
                 )
-            state.broken = str(error)
+            state.broken = cause
             return
         was_broken = bool(state.broken)
         state.plan, state.broken = plan, ""

@@ -286,8 +286,9 @@ class Session:
                     await self._settled.wait()
             self._settled.clear()
             reader.freed()
+            self._liveness.works(_CHECKPOINT)
             await self._save(reader)
-            self._liveness.moved(_CHECKPOINT)
+            self._liveness.rests(_CHECKPOINT)
             await asyncio.sleep(_CHECKPOINT_SECONDS)
 
     async def _save(self, reader: Reader) -> None:

@@ -133,8 +133,8 @@ class Settings(ConvexSettings):
         """Otherwise a wait that is allowed would pass for one without an end."""
         given = info.data
         waits = {
-            # A connection of the pool (10 s), two statements, and what their deadline has on top (5 s).
-            "CDC_STATEMENT_SECONDS": 15 + 2 * given.get("statement_seconds", 0.0),
+            # A statement, and what its deadline has on top (5 s).
+            "CDC_STATEMENT_SECONDS": 5 + given.get("statement_seconds", 0.0),
             # A batch and its probe.
             "CDC_CONVEX_TIMEOUT_SECONDS": 2 * given.get("convex_timeout_seconds", 0.0),
             "CDC_BACKOFF_SECONDS": given.get("backoff_seconds", 0.0),

@@ -1,5 +1,6 @@
 """Troubles that end a session: each is said when it begins and then seldom, and has its pause."""
 
+import math
 import random
 import time
 
@@ -16,7 +17,8 @@ class Troubles:
 
     def __init__(self, longest_seconds: float) -> None:
         self._longest = longest_seconds
-        self._said: tuple[str, float] | None = None
+        # By name: an address behind which a dead server and a read-only one take turns is two troubles, each said once.
+        self._said: dict[str, float] = {}
         self._since = 0.0
         self._tries = 0
 
@@ -26,8 +28,8 @@ class Troubles:
         if self._tries == 0:
             self._since = now
         self._tries += 1
-        if self._said is None or self._said[0] != name or now - self._said[1] > _REMINDER_SECONDS:
-            self._said = (name, now)
+        if now - self._said.get(name, -math.inf) > _REMINDER_SECONDS:
+            self._said[name] = now
             log.error(
                 name,
                 cause=cause,
@@ -40,7 +42,8 @@ class Troubles:
     def say_recovered(self) -> None:
         if self._tries:
             log.info("database.recovered", tries=self._tries, after_seconds=round(time.monotonic() - self._since, 1))
-            self._said = None
+            self._said.clear()
 
     def over(self) -> None:
-        self._said, self._tries = None, 0
+        self._said.clear()
+        self._tries = 0

@@ -66,6 +66,10 @@ class Link:
         for connection in self._connections:
             connection.forgotten = True
 
+    def lead_to(self, host: str, port: int) -> None:
+        """New connections go there, as those to a name that stands for another machine now."""
+        self._to = (host, port)
+
     def slow(self, seconds: float) -> None:
         """Each piece takes that long, one after the other."""
         self._delay_seconds = seconds

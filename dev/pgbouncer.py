@@ -54,6 +54,8 @@ default_pool_size = {pool_size}
 max_client_conn = 200
 # A stopped pool lets its clients go at once.
 server_connect_timeout = 2
+# A server that is back is taken soon; by itself PgBouncer waits 15 s after a vain attempt.
+server_login_retry = 1
 """
         )
         (folder / "users").write_text(f'"{to["user"]}" "{to["password"]}"\n')

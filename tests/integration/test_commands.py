@@ -169,6 +169,16 @@ async def test_parked_keys_are_listed_retried_and_dropped(
 
 
 @pytest.mark.one_postgres
+def test_a_page_that_cannot_be_marked_for_a_lock_is_said_in_words(db: Database, command: Command) -> None:
+    with psycopg.connect(db.dsn) as full:
+        full.execute("lock table cdc.outbox in share mode")
+        done = command("backfill", "check-ins")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "cdc-worker: Postgres refuses: canceling statement due to lock timeout (somebody"
+    )
+
+
 @pytest.mark.parametrize("words", [("parked", "list"), ("parked", "retry"), ("parked", "drop", "--yes"), ("backfill",)])
 def test_a_command_says_what_keeps_it_from_postgres(
     db: Database, postgres_server: postgres.Server, tmp_path: Path, words: Sequence[str]

@@ -145,6 +145,8 @@ async def test_a_listener_whose_connection_was_forgotten_is_replaced(  # noqa: P
     settings = quick_settings(db.dsn, local_convex, listen_database_url=over(link, db.dsn), CDC_POLL_SECONDS=60)
     async with worker_at_work(settings, mirrors) as running:
         assert (await running.said("session.open"))["listen"] is True
+        # A rescan wakes the reader without the bell.
+        await running.said("backfill.done", times=len(mirrors))
         await eventually(lambda: asleep(db), expected=True)
         link.forget()
         started = time.monotonic()
@@ -165,6 +167,8 @@ async def test_the_gate_of_a_forgotten_listener_is_free_again(
     settings = quick_settings(db.dsn, local_convex, listen_database_url=over(link, db.dsn))
     async with worker_at_work(settings, mirrors) as running:
         await running.said("session.open")
+        # A rescan wakes the reader without the bell.
+        await running.said("backfill.done", times=len(mirrors))
         await eventually(lambda: asleep(db), expected=True)
         link.forget()
         check_in(db, user, "1")
@@ -185,6 +189,8 @@ async def test_a_listener_that_cannot_be_replaced_is_done_without(  # noqa: PLR0
     settings = quick_settings(db.dsn, local_convex, listen_database_url=over(link, db.dsn))
     async with worker_at_work(settings, mirrors) as running:
         await running.said("session.open")
+        # A rescan wakes the reader without the bell.
+        await running.said("backfill.done", times=len(mirrors))
         await eventually(lambda: asleep(db), expected=True)
         link.deaf()
         check_in(db, user, "1")

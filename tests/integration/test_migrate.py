@@ -12,6 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from cdc_worker import locks
 from cdc_worker import migrate as migrating
 from cdc_worker.errors import ConfigError, SchemaError
 from cdc_worker.mirrors import Mirror, Source, load_mirrors
@@ -512,12 +513,43 @@ def test_a_long_writer_is_waited_for_and_nobody_waits_behind_us(db: Database) ->
 def test_a_busy_table_is_given_up_in_words(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(migrating, "_TABLE_TRIES", 2)
     db.execute(f"{T}; create table free (id text)")
-    with psycopg.connect(db.dsn) as long:
+    with psycopg.connect(db.dsn, application_name="a report") as long:
         long.execute("insert into t values ('long')")
-        with pytest.raises(SchemaError, match=r"table public\.t was busy for too long"):
+        held = rf"process {long.info.backend_pid} \(a report, role application\) holds RowExclusiveLock on t"
+        with pytest.raises(SchemaError, match=rf"table public\.t was busy for too long; .*{held}"):
             db.migrate([rows_of("free", name="free"), rows_of("t")])
     db.migrate([rows_of("free", name="free"), rows_of("t")])
     assert captured_tables(db) == {"t", "free"}
+
+
+@pytest.mark.one_postgres
+def test_a_locked_table_is_waited_for_before_anything_is_changed(db: Database) -> None:
+    db.execute(T)
+    with psycopg.connect(db.dsn) as altering:
+        altering.execute("alter table t add column more text")
+        with migrating_aside(db.dsn, [rows_of("t")]) as busy:
+            asks = "select count(*) from pg_locks where not granted and relation = 't'::regclass"
+            for _ in range(2):  # the first wait is over, and it asks again
+                wait_until(lambda: db.one(asks) == 1)
+                wait_until(lambda: db.one(asks) == 0)
+            assert busy()
+            assert nothing_was_made(db)
+            altering.commit()
+    assert captured_tables(db) == {"t"}
+
+
+@pytest.mark.one_postgres
+def test_a_table_that_stays_locked_is_no_fault_of_the_mirror(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_PATIENCE_SECONDS", 0.5)
+    db.execute(T)
+    with psycopg.connect(db.dsn, application_name="vacuum") as full:
+        full.execute("lock table t in access exclusive mode")
+        held = rf"process {full.info.backend_pid} \(vacuum, role application\) holds AccessExclusiveLock on t: run it"
+        with pytest.raises(
+            SchemaError, match=rf"the mirrors' tables: canceling statement due to lock timeout; .*{held}"
+        ):
+            db.migrate([rows_of("t")])
+        assert nothing_was_made(db)
 
 
 @pytest.mark.one_postgres

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -14,12 +16,12 @@ from hypothesis import strategies as st
 
 from cdc_worker.catalog import check
 from cdc_worker.database import connect
-from cdc_worker.documents import EventMaker
+from cdc_worker.documents import LARGEST_DOCUMENT, Event, EventMaker
 from cdc_worker.keys import join_key, key_arrays
 from cdc_worker.mirrors import Mirror, Source
 from cdc_worker.plan import Plan
-from cdc_worker.safe_json import parse
-from tests.unit.test_safe_json import values, written
+from cdc_worker.safe_json import DEEPEST, LONGEST_KEY, MOST_FIELDS, MOST_ITEMS, PLAIN_BYTES, parse, restore
+from tests.unit.test_safe_json import exact, fits, values, written
 
 NUMBER = 7
 EVERY_BYTE = 2_147_483_647
@@ -247,3 +249,89 @@ def test_times_beyond_pythons_own(connection: psycopg.Connection[Any], database:
         "nextDue": 9224318015999999.0,
         "alertTriggeredAt": 185331706992000000.0,
     }
+
+
+JSONB = Mirror(
+    name="jsonb",
+    target="activity",
+    key=("id",),
+    query="select id, 'u' as user_id, 'alert' as type, 'x' as description, now() as timestamp, meta as metadata from j",
+    sources=(Source(table="j", key=("id",)),),
+)
+# The limits of the rule and of Convex, from both sides; and of what jsonb holds.
+LIMITS = [
+    "[" * (DEEPEST - 1) + "]" * (DEEPEST - 1),
+    "[" * DEEPEST + "]" * DEEPEST,
+    "[" * (DEEPEST + 1) + "]" * (DEEPEST + 1),
+    '{"a":' * 5_000 + "1" + "}" * 5_000,
+    json.dumps([0] * MOST_ITEMS),
+    json.dumps([0] * (MOST_ITEMS + 1)),
+    json.dumps({f"k{n}": n for n in range(MOST_FIELDS)}),
+    json.dumps({f"k{n}": n for n in range(MOST_FIELDS + 1)}),
+    json.dumps({"k" * LONGEST_KEY: 1}),
+    json.dumps({"k" * (LONGEST_KEY + 1): 1}),
+    json.dumps("x" * (PLAIN_BYTES - 2)),
+    json.dumps("x" * (PLAIN_BYTES - 1)),
+    json.dumps("x" * 1_040_000),
+    json.dumps("x" * 1_050_000),
+    json.dumps("\U0001f600" * 262_100),
+    json.dumps(["~{json}"] * 100_000),
+    "9" * 131_072,
+    "-0.000" + "1" * 16_000,
+    "1e-16383",
+    '{"a":1,"a":2,"":{"":[]}}',
+]
+
+
+@pytest.mark.timeout(180)
+def test_any_jsonb_comes_back_equal_or_says_why_it_cannot(database: str, connection: psycopg.Connection[Any]) -> None:
+    """Whatever Postgres takes as jsonb, in its own words: no digit and no character of it is lost."""
+    connection.execute("create table j (id text, meta jsonb)")
+    plan = asyncio.run(plan_of(database, JSONB))
+    arrived: Counter[bool] = Counter()
+
+    def reading(text: str) -> tuple[str, Event] | None:
+        with connection.transaction(force_rollback=True):
+            try:
+                ((stored,),) = connection.execute("insert into j values ('1', %s) returning meta::text", [text])
+            except psycopg.DataError:  # jsonb does not hold it
+                return None
+            cursor = psycopg.RawCursor(connection)
+            (found,) = cursor.execute(plan.documents, (*key_arrays(["1"], plan.key_types), EVERY_BYTE), binary=True)
+        return stored, EventMaker(plan, 3, NUMBER).put(found)
+
+    def check_one(text: str) -> None:
+        read = reading(text)
+        if read is None:
+            return
+        stored, event = read
+        arrived[event.problem is None] += 1
+        if event.problem is not None:
+            assert event.problem[0] == "row"
+            assert "bytes, Convex holds" in event.problem[1]
+            # It is refused for its size alone.
+            assert len(stored.encode()) > LARGEST_DOCUMENT / 3
+            return
+        document = json.loads(event.text, parse_int=float)["document"]
+        assert fits(document, 16)
+        json_to_convex(document)
+        assert exact(restore(document["metadata"])) == exact(stored)
+
+    @RELAXED
+    @given(values.map(written))
+    @example("null")
+    @example('"~{json}1"')
+    @example("[-0, -0.0, 1.50, 1e2, 9007199254740993, 1e400, 0.1000000000000000055511151231257827]")
+    def holds(text: str) -> None:
+        check_one(text)
+
+    holds()
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(60_000)
+    try:
+        for text in LIMITS:
+            check_one(text)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert arrived[True] > 100
+    assert arrived[False] >= 1

@@ -17,8 +17,10 @@ from cdc_worker import care
 from cdc_worker import database as border
 from cdc_worker.mirrors import Mirror, Source
 from dev import local_convex as convex
+from dev import pgbouncer as bouncer
 from dev import postgres
 from dev.processes import unprivileged
+from tests.conftest import missing
 from tests.integration.application import CHECK_INS, TABLES, Database
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import quick_settings, worker_at_work
@@ -102,6 +104,30 @@ async def test_more_connections_than_it_takes(  # noqa: PLR0917  # fixtures
             superuser.execute(f"alter role {postgres.APPLICATION} connection limit -1")
             await eventually(lambda: mirrored.descriptions(user), ["before"])
             await running.said("database.recovered")
+
+
+async def test_a_restart_behind_a_pooler(
+    mirrors: Sequence[Mirror], server: postgres.Server, local_convex: convex.LocalConvex, mirrored: Mirrored, user: str
+) -> None:
+    """The worker's own connections live on, and every statement on them fails, or waits in the pooler."""
+    if bouncer.program() is None:
+        missing("pgbouncer")
+    dsn = server.dsn(postgres.create_database(server))
+    with Database(dsn, TABLES, mirrors) as db, bouncer.start(dsn) as pooled:
+        check_in(db, user, "before")
+        async with worker_at_work(quick_settings(pooled, local_convex), mirrors) as running:
+            await eventually(lambda: mirrored.descriptions(user), ["before"])
+            expected = ["before"]
+            modes: tuple[postgres.Mode, ...] = ("fast", "immediate")
+            for mode in modes:
+                await asyncio.to_thread(server.restart, mode)
+                with Database(dsn) as again:
+                    check_in(again, user, mode)
+                expected.append(mode)
+                await eventually(lambda: mirrored.descriptions(user), expected)
+            await running.stop()
+            # Nobody who compares transaction ids over a restart takes it for a restore.
+            assert running.log.events.count("session.rescan") == 1
 
 
 async def test_a_row_that_takes_too_long_is_parked_alone(

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from cdc_worker.mirrors import Mirror
 from dev import local_convex as convex
+from dev.processes import ProcessError
 from tests.integration.application import CHECK_INS, TABLES, Database, toml
 from tests.integration.running import ROOT, Child, child, environment
 
@@ -116,6 +118,26 @@ def stalled(worker: Child, waits_for: set[str]) -> None:
     said = worker.said("worker.stalled")
     assert said["waits_for"].removesuffix(" (shard 0/1)") in waits_for
     assert said["level"] == "critical"
+
+
+def test_one_with_nothing_to_do_is_not_stuck(
+    db: Database, local_convex: convex.LocalConvex, mirror: Mirror, tmp_path: Path
+) -> None:
+    """However seldom it says how things stand, and notes a position that moves on with nothing in it."""
+    env = environment(db.dsn, local_convex, tmp_path / "cdc_worker.toml", CDC_HEARTBEAT_SECONDS=3600)
+    with child(tmp_path, env, mirrors=[mirror], program=("-c", IMPATIENT)) as worker:
+        worker.said("backfill.done")
+        check_in(db, "good")
+        until_delivered = "select saves > 0 from cdc.checkpoint"
+        deadline = time.monotonic() + 10
+        while not db.one(until_delivered):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(ProcessError):
+            worker.process.wait(2 * LIMIT_SECONDS)
+        worker.term()
+        assert worker.process.wait(10) == 0
+        assert "worker.stalled" not in [line["event"] for line in worker.lines]
 
 
 def test_a_log_that_nobody_reads(

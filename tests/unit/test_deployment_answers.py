@@ -72,6 +72,11 @@ def test_any_answer(status: int, answer: dict[str, Any]) -> None:
         (200, '{"status":"error","errorMessage":"Server Error"}', FunctionFailed),
         (560, '{"status":"error","errorMessage":"Server Error"}', FunctionFailed),
         (200, '{"status":"error","errorMessage":"x","errorData":{"code":"y"}}', ConvexError),
+        (
+            200,
+            '{"status":"success","value":["\\ud800","\\ud83d\\ude00","a\\u0000","\\\\u0000"]}',
+            ["?", "\U0001f600", "a?", "\\u0000"],
+        ),
         (200, "<html>", Transient),
         (200, "{}", Transient),
         (302, "", Misconfigured),

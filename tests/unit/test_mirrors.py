@@ -1,7 +1,9 @@
 """cdc_worker.toml: every rule of its form, and a text that names the file, the mirror and the entry."""
 
 import contextlib
+import json
 import tomllib
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cdc_worker.errors import ConfigError
-from cdc_worker.mirrors import load_mirrors
+from cdc_worker.mirrors import Mirror, load_mirrors
 
 GOOD = """
 [[mirror]]
@@ -140,6 +142,86 @@ def test_any_content_is_taken_or_refused_in_words(
 ) -> None:
     path.write_text("")
     monkeypatch.setattr(tomllib, "loads", lambda _: raw)
+    with contextlib.suppress(ConfigError):
+        load_mirrors(path)
+
+
+def in_toml(value: Any) -> str:
+    """A value as TOML writes it inline."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{in_toml(str(name))} = {in_toml(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(in_toml, value)) + "]"
+    if isinstance(value, date):
+        return value.isoformat()
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+_letters = st.characters(exclude_categories=["Cs"])
+_anything = st.recursive(
+    st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.dates()
+    | st.text(_letters, max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(_letters, max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+_words = st.text(_letters, min_size=1, max_size=8) | st.sampled_from(
+    ["user_id", "id", '"CheckIn"', "a.b", "\0", "'''", "$1", "%s", "{}", "--", ";", " "]
+)
+_columns = st.lists(_words, min_size=1, max_size=2, unique=True) | st.just(["user_id"])
+# Good as far as types go, but for one field, which may be anything at all.
+_mirrors = st.lists(
+    st.builds(
+        lambda good, other: good | other,
+        st.fixed_dictionaries(
+            {
+                "name": st.from_regex(r"[a-z][a-z0-9_-]{0,20}", fullmatch=True),
+                "target": st.sampled_from(["activity", "status"]),
+                "key": _columns,
+                "query": _words,
+                "sources": st.lists(
+                    st.fixed_dictionaries({"table": _words, "key": _columns}, optional={"watch": _columns}),
+                    min_size=1,
+                    max_size=2,
+                ),
+            }
+        ),
+        st.just({}) | st.dictionaries(_names, _anything, max_size=1),
+    ),
+    min_size=1,
+    max_size=2,
+)
+
+
+@given(mirrors=_mirrors)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_any_document_is_taken_as_it_is_or_refused_in_words(path: Path, mirrors: list[dict[str, Any]]) -> None:
+    path.write_text(f"mirror = {in_toml(mirrors)}\n", encoding="utf-8")
+    assert tomllib.loads(path.read_text(encoding="utf-8")) == {"mirror": mirrors}
+    refusal = ""
+    loaded: tuple[Mirror, ...] = ()
+    try:
+        loaded = load_mirrors(path)
+    except ConfigError as error:
+        refusal = str(error)
+    assert refusal.startswith(f"{path}: ") or len(loaded) == len(mirrors)
+    for found, wanted in zip(loaded, mirrors, strict=False):
+        assert (found.name, found.target, list(found.key)) == (wanted["name"], wanted["target"], wanted["key"])
+        assert found.query == wanted["query"].strip().rstrip(";").rstrip()
+        assert len(found.sources) == len(wanted["sources"])
+        for source, written in zip(found.sources, wanted["sources"], strict=True):
+            assert source.table == written["table"]
+            assert [*source.key, *source.watch] == [*written["key"], *written.get("watch", [])]
+
+
+@given(at=st.integers(0, len(GOOD)), gone=st.integers(0, 40), put=st.text(max_size=10))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_good_document_with_a_slip_is_taken_or_refused_in_words(path: Path, at: int, gone: int, put: str) -> None:
+    path.write_bytes((GOOD[:at] + put + GOOD[at + gone :]).encode(errors="surrogatepass"))
     with contextlib.suppress(ConfigError):
         load_mirrors(path)
 

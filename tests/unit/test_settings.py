@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cdc_worker import database, session, shards
@@ -130,7 +130,7 @@ def test_a_refusal_names_setting_bound_and_value(
 
 
 WAITS = {
-    "CDC_STATEMENT_SECONDS": ("600", "must be at least 1215, since CDC_STATEMENT_SECONDS allows"),
+    "CDC_STATEMENT_SECONDS": ("600", "must be at least 605, since CDC_STATEMENT_SECONDS allows"),
     "CDC_CONVEX_TIMEOUT_SECONDS": ("300", "must be at least 600, since CDC_CONVEX_TIMEOUT_SECONDS allows"),
     "CDC_BACKOFF_SECONDS": ("300", "must be at least 300, since CDC_BACKOFF_SECONDS allows"),
 }
@@ -199,3 +199,43 @@ def test_a_deploy_key_that_no_header_can_hold_is_refused_or_mended(monkeypatch: 
         return
     assert said.startswith("CONVEX_DEPLOY_KEY: ")
     assert "secret" not in said
+
+
+NAMES = [
+    *("DATABASE_URL", "LISTEN_DATABASE_URL", "CONVEX_URL", "NEXT_PUBLIC_CONVEX_URL", "CONVEX_DEPLOY_KEY"),
+    *("LOG_LEVEL", "LOG_FORMAT", "CDC_CONFIG", "CDC_BATCH_KEYS", "CDC_BATCH_BYTES", "CDC_SHARDS", "CDC_IN_FLIGHT"),
+    *("CDC_PAGE_ROWS", "CDC_POLL_SECONDS", "CDC_LEASE_SECONDS", "CDC_BACKOFF_SECONDS", "CDC_STATEMENT_SECONDS"),
+    *("CDC_RETENTION_HOURS", "CDC_PARTITION_BYTES", "CDC_DRAIN_SECONDS", "CDC_STALL_SECONDS", "CDC_SYNC_SECONDS"),
+    *("CDC_HEARTBEAT_SECONDS", "CDC_CONVEX_TIMEOUT_SECONDS"),
+]
+# What an environment can hold: bytes that are no UTF-8 come as lone surrogates.
+given_texts = (
+    st.binary(max_size=20).map(lambda raw: raw.replace(b"\0", b"").decode(errors="surrogateescape"))
+    | st.integers().map(str)
+    | st.floats().map(str)
+    | st.sampled_from(
+        ["http://[", "https://:x", "http://a:99999999", "1e400", "0x10", "1_0", "٣", "-0", "postgres://", "//"]
+    )
+)
+
+
+def test_the_names_are_all_that_there_are() -> None:
+    aliases = {str(field.validation_alias or name).upper() for name, field in Settings.model_fields.items()}
+    assert {name for name in aliases if "ALIASCHOICES" not in name} == set(NAMES) - {
+        "CONVEX_URL",
+        "NEXT_PUBLIC_CONVEX_URL",
+    }
+
+
+@given(environment=st.dictionaries(st.sampled_from(NAMES), given_texts, min_size=1, max_size=4))
+@example({"CDC_CONFIG": "a\udc80"})
+def test_any_environment_is_taken_or_refused_by_name(environment: dict[str, str]) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        try:
+            load(monkeypatch, **environment)
+        except ConfigError as error:
+            named = [line.split(":")[0].split(" ")[0] for line in str(error).splitlines()]
+            assert named
+            assert set(named) <= {*environment, "CONVEX_URL", "CDC_STALL_SECONDS", "DATABASE_URL"}
+            # It can be printed wherever it goes.
+            str(error).encode()

@@ -1,0 +1,64 @@
+"""Locks of others in a command's way: they are waited for, and then it is said who holds them."""
+
+from collections.abc import Awaitable, Callable
+from typing import LiteralString, TypeVar
+
+import psycopg
+import structlog
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random
+
+from cdc_worker.database import Row, first_lines
+from cdc_worker.errors import SchemaError
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+# How a lock of somebody else shows. None of them says anything against the statement.
+LOCKED = (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled, psycopg.errors.DeadlockDetected)
+# An ALTER TABLE that rewrites may take longer: whoever migrates should hear of it while it lasts.
+_PATIENCE_SECONDS = 30.0
+
+# Those in front of whom all others wait come first. What they are at is not asked for: it can quote rows.
+_HOLDERS = """
+select format('process %s (%s, role %s) holds %s on %s', a.pid, coalesce(nullif(a.application_name, ''), 'no name'),
+              a.usename, l.mode, l.relation::regclass)
+from pg_locks l join pg_stat_activity a on a.pid = l.pid join pg_class c on c.oid = l.relation
+where l.locktype = 'relation' and l.granted and l.mode not in ('AccessShareLock', 'RowShareLock')
+  and l.database = (select oid from pg_database where datname = current_database())
+  and a.pid <> pg_backend_pid() and c.relkind in ('r', 'p', 'm') and c.relnamespace <> 'pg_catalog'::regnamespace
+order by l.mode = 'AccessExclusiveLock' desc, a.xact_start, a.pid limit 3
+"""
+
+
+async def when_free(
+    what: str, work: Callable[[], Awaitable[T]], execute: Callable[[LiteralString], Awaitable[list[Row]]]
+) -> T:
+    """The outcome of `work` on `what`, tried again while a lock is in its way. `execute` asks who holds it.
+
+    Raises SchemaError that names them after half a minute.
+    """
+
+    async def once() -> T:
+        return await work()
+
+    def waits(state: RetryCallState) -> None:
+        if state.attempt_number % 10 == 1:
+            log.info("capture.waiting_for_table", table=what, attempt=state.attempt_number)
+
+    try:
+        value: T = await AsyncRetrying(
+            wait=wait_random(0.1, 0.5),
+            retry=retry_if_exception_type(LOCKED),
+            stop=stop_after_delay(_PATIENCE_SECONDS),
+            before_sleep=waits,
+            reraise=True,
+        )(once)
+    except LOCKED as error:
+        raise SchemaError(f"{what}: {first_lines(error)}; {await holders(execute)}: run it again then") from None
+    return value
+
+
+async def holders(execute: Callable[[LiteralString], Awaitable[list[Row]]]) -> str:
+    """In words: who holds locks on tables now, and on which."""
+    found = [text for (text,) in await execute(_HOLDERS)]
+    return f"wait for its end, or end it: {', '.join(found)}" if found else "nobody holds a lock any more"

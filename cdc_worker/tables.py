@@ -1,0 +1,64 @@
+"""The tables behind each mirror, as they were: what changes past every trigger is found by comparing.
+
+With a partition that is dropped, detached or attached, rows go and come; with a column that changes its type every
+value may be another one. Then the mirror is looked at anew.
+"""
+
+from collections.abc import Mapping
+
+import structlog
+
+from cdc_worker import backfill
+from cdc_worker.database import Database
+from cdc_worker.mirrors import Mirror
+
+log = structlog.get_logger()
+
+# By mirror, where it is not as noted: whether a table is gone; whether one came that is not empty (partitions are
+# mostly made before there is anything to put into them); whether a column is gone or has another type (one that is
+# new has nothing to do with the query).
+_CHANGED = """
+with recursive source (mirror, oid) as (
+    select distinct given.mirror, to_regclass(given.name)::oid
+    from unnest($1::int2[], $2::text[]) as given (mirror, name) where to_regclass(given.name) is not null
+), family (mirror, oid) as (
+    select mirror, oid from source
+    union select family.mirror, i.inhrelid from pg_inherits i join family on i.inhparent = family.oid
+), now_there as (
+    select mirror, coalesce(array_agg(c.oid::int8 order by c.oid) filter (where c.relkind = 'r'), '{}') as tables
+    from family join pg_class c on c.oid = family.oid group by mirror
+), shape as (
+    select mirror, array_agg(format('%s.%s %s %s', a.attrelid, a.attnum, a.atttypid, a.atttypmod)
+                             order by a.attrelid, a.attnum) as columns
+    from source join pg_attribute a on a.attrelid = source.oid where a.attnum > 0 and not a.attisdropped group by mirror
+)
+select m.id, n.tables, s.columns, not m.tables <@ n.tables,
+       exists (select from unnest(n.tables) as came (oid)
+               where came.oid <> all (m.tables) and pg_relation_size(came.oid::oid::regclass) > 0),
+       not m.columns <@ s.columns
+from cdc.mirror m join now_there n on n.mirror = m.id join shape s on s.mirror = m.id
+where (m.tables, m.columns) is distinct from (n.tables, s.columns)
+"""
+_NOTE = "update cdc.mirror set tables = $2::int8[], columns = $3::text[] where id = $1"
+
+
+async def look_at_tables(database: Database, mirrors: Mapping[int, Mirror]) -> None:
+    """Asks for a rescan of each mirror whose rows have changed with their tables."""
+    sources = [(number, source.table) for number, mirror in mirrors.items() for source in mirror.sources]
+    changed = await database.execute(_CHANGED, [number for number, _ in sources], [table for _, table in sources])
+    for number, tables, columns, gone, came, altered in changed:
+        causes = {
+            "a table with rows was dropped or detached": gone,
+            "a table with rows was attached": came,
+            "a column was dropped, or has another type": altered,
+        }
+        if any(causes.values()):
+            log.warning(
+                "capture.tables_changed",
+                mirror=mirrors[number].name,
+                cause="; ".join(cause for cause, true in causes.items() if true),
+                cure="none needed: every row and document is looked at again",
+            )
+            await backfill.request(database, number, with_documents=True, reason="tables changed")
+        # Last: who dies before it asks once more.
+        await database.execute(_NOTE, number, tables, columns)

@@ -1,0 +1,85 @@
+"""Queries that are slow, each within its time limit: however many of them one page has, it is read to its end."""
+
+import uuid
+from collections.abc import Sequence
+
+import psycopg
+import pytest
+
+from cdc_worker import database as border
+from cdc_worker import liveness, worker
+from cdc_worker.database import Database as Border
+from cdc_worker.liveness import Liveness
+from cdc_worker.mirrors import Mirror, Source
+from dev import local_convex as convex
+from tests.integration.application import Database
+from tests.integration.mirrored import Mirrored, eventually
+from tests.integration.running import quick_settings, worker_at_work
+
+pytestmark = pytest.mark.one_postgres
+
+MIRRORS = 6
+LIMIT_SECONDS = 1.0
+GRACE_SECONDS = 0.3
+# All of them together take far longer than any one wait may, and twice as much.
+TAKES_SECONDS = 0.6
+STALL_SECONDS = 2.5
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(border, "_GRACE_SECONDS", GRACE_SECONDS)
+
+
+@pytest.fixture
+def mirrors() -> Sequence[Mirror]:
+    """Each statement takes its time once, however many rows it yields."""
+    run = uuid.uuid4().hex[:8]
+    return [
+        Mirror(
+            name=f"slow-{number}-{run}",
+            target="activity",
+            key=("id",),
+            query=f"""
+                with pause as materialized (select pg_sleep({TAKES_SECONDS}))
+                select id, 'u' as user_id, 'alert' as type, 'x' as description, now() as timestamp from work, pause
+            """,
+            sources=(Source(table="work", key=("id",)),),
+        )
+        for number in range(MIRRORS)
+    ]
+
+
+async def test_a_page_of_many_slow_mirrors_is_read_to_its_end(
+    database: str, local_convex: convex.LocalConvex, mirrors: Sequence[Mirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stalls: list[None] = []
+    monkeypatch.setattr(worker, "Liveness", lambda _: Liveness(STALL_SECONDS, give_up=lambda: stalls.append(None)))
+    mirrored = Mirrored(local_convex.url, local_convex.admin_key)
+    with Database(database, "create table work (id int primary key)", mirrors) as db:
+        # Nothing to scan, so that the row is read from one page of the log.
+        db.execute("update cdc.backfill set phase = 'done'")
+        settings = quick_settings(database, local_convex, CDC_STATEMENT_SECONDS=LIMIT_SECONDS)
+        async with worker_at_work(settings, mirrors) as running:
+            await running.said("session.open")
+            db.execute("insert into work values (1)")
+            await eventually(lambda: [mirrored.keys(mirror.name) for mirror in mirrors], [["1"]] * MIRRORS, seconds=20)
+            await running.stop()
+            assert running.log.events.count("session.open") == 1
+            assert "key.parked" not in running.log.events
+    assert not stalls
+
+
+async def test_each_statement_of_a_transaction_has_the_limit_to_itself(database: str) -> None:
+    stalls: list[None] = []
+    watch = liveness.Liveness(STALL_SECONDS, give_up=lambda: stalls.append(None))
+    watch.start()
+    async with Border(database, statement_seconds=LIMIT_SECONDS, liveness=watch) as pool:
+        async with pool.transaction() as connection:
+            for _ in range(MIRRORS):
+                await connection.execute(f"select pg_sleep({TAKES_SECONDS})")
+        with pytest.raises(psycopg.errors.QueryCanceled, match="statement timeout"):
+            async with pool.transaction() as connection:
+                await connection.execute(f"select pg_sleep({2 * LIMIT_SECONDS})")
+    watch.end()
+    assert not stalls

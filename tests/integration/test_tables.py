@@ -1,0 +1,154 @@
+"""Tables that come and go behind a mirror: the documents end equal to the rows, though no trigger tells of it."""
+
+import asyncio
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+
+import pytest
+
+from cdc_worker import care
+from cdc_worker.mirrors import Mirror
+from dev import local_convex as convex
+from tests.integration.application import Database, rows_of
+from tests.integration.mirrored import Mirrored, eventually
+from tests.integration.running import Running, quick_settings, worker_at_work
+
+pytestmark = pytest.mark.one_postgres
+
+Work = Callable[..., AbstractAsyncContextManager[Running]]
+PARTITIONS = """
+create table visit (id int, part int, note text, primary key (id, part)) partition by list (part);
+create table visit_1 partition of visit for values in (1);
+create table visit_2 partition of visit for values in (2);
+"""
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(care, "_MENDING_SECONDS", 0.1)
+    monkeypatch.setattr(care, "_SELDOM_SECONDS", 0.2)
+    monkeypatch.setattr(care, "_RESCAN_SECONDS", 0.05)
+
+
+@pytest.fixture
+def mirror() -> Mirror:
+    return rows_of("visit", name=f"visits-{uuid.uuid4().hex[:8]}", key=("id", "part"))
+
+
+@pytest.fixture
+def db(database: str, mirror: Mirror) -> Iterator[Database]:
+    with Database(database, PARTITIONS, [mirror]) as opened:
+        opened.execute("insert into visit select n, 1 + n % 2 from generate_series(1, 6) as n")
+        yield opened
+
+
+@pytest.fixture
+def work(database: str, local_convex: convex.LocalConvex, mirror: Mirror) -> Work:
+    return lambda mirror=mirror: worker_at_work(quick_settings(database, local_convex), [mirror])
+
+
+@pytest.fixture
+def mirrored(local_convex: convex.LocalConvex) -> Mirrored:
+    return Mirrored(local_convex.url, local_convex.admin_key)
+
+
+async def equal(mirrored: Mirrored, mirror: Mirror, db: Database) -> None:
+    rows = sorted(f'["{row}", "{part}"]' for row, part in db.execute("select id, part from visit"))
+    await eventually(lambda: sorted(mirrored.keys(mirror.name)), rows)
+
+
+async def noted(db: Database) -> None:
+    """The worker knows what there is."""
+    await eventually(
+        lambda: db.one(
+            "select tables = (select array_agg(inhrelid::int8 order by inhrelid) from pg_inherits"
+            " where inhparent = 'visit'::regclass) from cdc.mirror where configured"
+        ),
+        expected=True,
+    )
+
+
+GONE = {
+    "dropped": "drop table visit_1",
+    "detached": "alter table visit detach partition visit_1",
+    "moved to another": "alter table visit detach partition visit_1; alter table visit_1 rename to archive",
+}
+
+
+@pytest.mark.parametrize("at_work", [True, False], ids=["at work", "away"])
+@pytest.mark.parametrize("how", GONE)
+async def test_rows_that_go_with_their_partition(  # noqa: PLR0917  # fixtures
+    db: Database, work: Work, mirrored: Mirrored, mirror: Mirror, how: str, at_work: bool
+) -> None:
+    async with work() as running:
+        await equal(mirrored, mirror, db)
+        await noted(db)
+        if at_work:
+            await asyncio.to_thread(db.execute, GONE[how])
+            said = await running.said("capture.tables_changed")
+            assert (said["mirror"], said["cause"]) == (mirror.name, "a table with rows was dropped or detached")
+            await equal(mirrored, mirror, db)
+    if not at_work:
+        db.execute(GONE[how])
+        async with work() as running:
+            await running.said("capture.tables_changed")
+            await equal(mirrored, mirror, db)
+    assert len(mirrored.keys(mirror.name)) == 3
+
+
+async def test_values_that_change_with_the_type_of_their_column(
+    db: Database, work: Work, mirrored: Mirrored, mirror: Mirror
+) -> None:
+    """No trigger fires for what ALTER TABLE rewrites."""
+    user = f"user-{uuid.uuid4().hex[:8]}"
+    query = f"select id, part, '{user}' as user_id, 'alert' as type, note::text as description, now() as timestamp"
+    notes = mirror.model_copy(update={"name": f"{mirror.name}-notes", "query": f"{query} from visit where id < 3"})
+    db.execute("update visit set note = id")
+    await asyncio.to_thread(db.migrate, [notes])
+    async with work(notes) as running:
+        await eventually(lambda: mirrored.descriptions(user), ["1", "2"])
+        await running.said("backfill.done")
+        await noted(db)
+        # A new column has nothing to do with it.
+        await asyncio.to_thread(db.execute, "alter table visit add column more int default 7")
+        await asyncio.to_thread(db.execute, "alter table visit alter column note type int using note::int * 10")
+        assert "another type" in (await running.said("capture.tables_changed"))["cause"]
+        await eventually(lambda: mirrored.descriptions(user), ["10", "20"])
+        await running.stop()
+        assert running.log.events.count("capture.tables_changed") == 1
+
+
+async def test_rows_that_come_with_their_partition(
+    db: Database, work: Work, mirrored: Mirrored, mirror: Mirror
+) -> None:
+    async with work() as running:
+        await equal(mirrored, mirror, db)
+        await noted(db)
+        # One that is made empty, as they mostly are, is worth no look at all others.
+        await asyncio.to_thread(db.execute, "create table visit_3 partition of visit for values in (3)")
+        await noted(db)
+        db.execute("insert into visit values (7, 3)")
+        await equal(mirrored, mirror, db)
+        assert "capture.tables_changed" not in running.log.events
+        db.execute(
+            "create table filled (id int not null, part int not null, note text); insert into filled values (8, 4)"
+        )
+        await asyncio.to_thread(db.execute, "alter table visit attach partition filled for values in (4)")
+        assert "attached" in (await running.said("capture.tables_changed"))["cause"]
+        await equal(mirrored, mirror, db)
+        # It has no triggers of its own yet.
+        assert "filled" in (await running.said("capture.missing", times=2))["tables"]
+
+
+async def test_a_row_that_moves_to_another_partition(
+    db: Database, work: Work, mirrored: Mirrored, mirror: Mirror
+) -> None:
+    async with work() as running:
+        await equal(mirrored, mirror, db)
+        db.execute("update visit set part = 2 where id = 2; update visit set part = 3 - part where id = 3")
+        await equal(mirrored, mirror, db)
+        db.execute("delete from visit_2 where id = 2")
+        await equal(mirrored, mirror, db)
+        await running.stop()
+        assert "capture.tables_changed" not in running.log.events
