@@ -27,11 +27,6 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def user() -> str:
-    return f"user-{uuid.uuid4().hex[:8]}"
-
-
-@pytest.fixture
 def old() -> Mirror:
     return CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"})
 
@@ -46,11 +41,6 @@ def db(database: str, old: Mirror, user: str) -> Iterator[Database]:
 @pytest.fixture
 def work(database: str, local_convex: convex.LocalConvex) -> Work:
     return lambda mirrors: worker_at_work(quick_settings(database, local_convex), mirrors)
-
-
-@pytest.fixture
-def mirrored(local_convex: convex.LocalConvex) -> Mirrored:
-    return Mirrored(local_convex.url, local_convex.admin_key)
 
 
 async def rounds_of_care(db: Database, rounds: int) -> None:

@@ -40,20 +40,10 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def user() -> str:
-    return f"user-{uuid.uuid4().hex[:8]}"
-
-
-@pytest.fixture
 def mirrors() -> tuple[Mirror, ...]:
     """Names of the test's own, so that a rescan meets no document of another test."""
     run = uuid.uuid4().hex[:8]
     return tuple(mirror.model_copy(update={"name": f"{mirror.name}-{run}"}) for mirror in (CHECK_INS, STATUS))
-
-
-@pytest.fixture
-def mirrored(local_convex: convex.LocalConvex) -> Mirrored:
-    return Mirrored(local_convex.url, local_convex.admin_key)
 
 
 @pytest.fixture

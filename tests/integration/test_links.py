@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import psycopg
@@ -42,24 +42,8 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def user() -> str:
-    return f"user-{uuid.uuid4().hex[:8]}"
-
-
-@pytest.fixture
 def mirrors() -> tuple[Mirror, ...]:
     return (CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"}), STATUS)
-
-
-@pytest.fixture
-def db(database: str, mirrors: Sequence[Mirror]) -> Iterator[Database]:
-    with Database(database, TABLES, mirrors) as opened:
-        yield opened
-
-
-@pytest.fixture
-def mirrored(local_convex: convex.LocalConvex) -> Mirrored:
-    return Mirrored(local_convex.url, local_convex.admin_key)
 
 
 @pytest.fixture

@@ -36,11 +36,6 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def user() -> str:
-    return f"user-{uuid.uuid4().hex[:8]}"
-
-
-@pytest.fixture
 def mirrors() -> tuple[Mirror, ...]:
     return (CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"}),)
 
@@ -50,11 +45,6 @@ def server(postgres_flavour: postgres.Flavour) -> Iterator[postgres.Server]:
     """For this test alone."""
     with postgres.start(postgres_flavour) as started:
         yield started
-
-
-@pytest.fixture
-def mirrored(local_convex: convex.LocalConvex) -> Mirrored:
-    return Mirrored(local_convex.url, local_convex.admin_key)
 
 
 def check_in(db: Database, user: str, *notes: str) -> None:

@@ -29,11 +29,6 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def user() -> str:
-    return f"user-{uuid.uuid4().hex[:8]}"
-
-
-@pytest.fixture
 def mirrors() -> tuple[Mirror, ...]:
     """Names of the test's own, so that a rescan meets no document of another test."""
     return (
@@ -52,11 +47,6 @@ def server(postgres_flavour: postgres.Flavour) -> Iterator[postgres.Server]:
 @pytest.fixture
 def dsn(server: postgres.Server) -> str:
     return server.dsn(postgres.create_database(server))
-
-
-@pytest.fixture
-def mirrored(local_convex: convex.LocalConvex) -> Mirrored:
-    return Mirrored(local_convex.url, local_convex.admin_key)
 
 
 def check_in(db: Database, user: str, *keys: str) -> None:

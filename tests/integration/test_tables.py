@@ -48,11 +48,6 @@ def work(database: str, local_convex: convex.LocalConvex, mirror: Mirror) -> Wor
     return lambda mirror=mirror: worker_at_work(quick_settings(database, local_convex), [mirror])
 
 
-@pytest.fixture
-def mirrored(local_convex: convex.LocalConvex) -> Mirrored:
-    return Mirrored(local_convex.url, local_convex.admin_key)
-
-
 async def equal(mirrored: Mirrored, mirror: Mirror, db: Database) -> None:
     rows = sorted(f'["{row}", "{part}"]' for row, part in db.execute("select id, part from visit"))
     await eventually(lambda: sorted(mirrored.keys(mirror.name)), rows)

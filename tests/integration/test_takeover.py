@@ -22,11 +22,6 @@ LEASE_SECONDS = 3
 
 
 @pytest.fixture
-def user() -> str:
-    return f"user-{uuid.uuid4().hex[:8]}"
-
-
-@pytest.fixture
 def mirror() -> Mirror:
     return CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"})
 
@@ -35,11 +30,6 @@ def mirror() -> Mirror:
 def db(database: str, mirror: Mirror) -> Iterator[Database]:
     with Database(database, TABLES, [mirror]) as opened:
         yield opened
-
-
-@pytest.fixture
-def mirrored(local_convex: convex.LocalConvex) -> Mirrored:
-    return Mirrored(local_convex.url, local_convex.admin_key)
 
 
 def check_in(db: Database, user: str, key: str, note: str) -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,6 @@ pytestmark = pytest.mark.one_postgres
 Work = Callable[..., AbstractAsyncContextManager[Running]]
 
 
-@pytest.fixture
-def user() -> str:
-    """The local Convex is shared: each test has a user of its own."""
-    return f"user-{uuid.uuid4().hex[:8]}"
-
-
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is looked at seldom, so that it costs nothing, is looked at often here."""
@@ -46,17 +40,6 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def mirrors() -> tuple[Mirror, ...]:
     """Activities under a name of the test's own, too, so that no rescan meets those of other tests."""
     return (CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"}), STATUS)
-
-
-@pytest.fixture
-def db(database: str, mirrors: Sequence[Mirror]) -> Iterator[Database]:
-    with Database(database, TABLES, mirrors) as opened:
-        yield opened
-
-
-@pytest.fixture
-def mirrored(local_convex: convex.LocalConvex) -> Mirrored:
-    return Mirrored(local_convex.url, local_convex.admin_key)
 
 
 @pytest.fixture
