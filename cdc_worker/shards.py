@@ -116,6 +116,7 @@ class Shards:
                 looking = asyncio.create_task(self._outcome(self._look()))
                 await asyncio.wait({looking, stopped}, return_when=asyncio.FIRST_COMPLETED)
                 if not looking.done():
+                    await asyncio.wait({looking}, timeout=_LAST_WORD_SECONDS)
                     await _cut_short(looking)
                     break
                 await self._wait(looking.result() or self._until_next_look(), stopped)
@@ -138,9 +139,10 @@ class Shards:
         await _cut_short(renewing)
 
     async def _keep_renewing(self) -> None:
+        # A look that is cut off may still run in Postgres, behind the last word, and have it reckon with us again.
         while True:
-            await self._outcome(self._renew())
             await asyncio.sleep(self._settings.lease_seconds / 3)
+            await self._outcome(self._renew())
 
     def _until_next_look(self) -> float:
         """In seconds. Who has all shards only renews his leases; others look whether there is one to take."""
