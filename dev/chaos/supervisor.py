@@ -101,8 +101,10 @@ class Supervisor:
         if not self.awake:
             return
         worker = self.awake[0]
-        self.counts["worker: SIGTERM"] += 1
-        worker.terminate()
+        # One that a failpoint froze while it stopped is on its way again: a second signal would have it exit at once.
+        if not worker.stopping:
+            self.counts["worker: SIGTERM"] += 1
+            worker.terminate()
 
         def ended() -> bool:
             worker.listen()
