@@ -8,20 +8,25 @@ import structlog
 
 from cdc_worker.database import Database
 from cdc_worker.documents import Problem
-from cdc_worker.errors import ConfigError
-from cdc_worker.outbox import ring
+from cdc_worker.errors import ConfigError, Fenced
+from cdc_worker.outbox import Shard, ring
 
 log = structlog.get_logger()
 
+# Both are fenced by the token of the lease ($1, $2), whose row is locked meanwhile: a worker that was replaced, and
+# wakes up with a verdict in hand, must not write over what the one after it has found.
 _PARK = """
+with held as (select from cdc.checkpoint where shard = $1 and token = $2 for share)
 insert into cdc.parked_key (mirror, key, class, reason)
-select m, k, c, r from unnest($1::int2[], $2::text[], $3::text[], $4::text[]) as new (m, k, c, r)
+select m, k, c, r from held cross join unnest($3::int2[], $4::text[], $5::text[], $6::text[]) as new (m, k, c, r)
 on conflict (mirror, cdc.digest(key)) do update set
     class = excluded.class, reason = excluded.reason,
     attempts = cdc.parked_key.attempts + 1, last_at = clock_timestamp()
+returning 1
 """
 _SETTLE = """
-delete from cdc.parked_key p using unnest($1::int2[], $2::text[]) as good (m, k)
+with held as (select from cdc.checkpoint where shard = $1 and token = $2 for share)
+delete from cdc.parked_key p using held cross join unnest($3::int2[], $4::text[]) as good (m, k)
 where p.mirror = m and cdc.digest(p.key) = cdc.digest(k) and p.key = k returning 1
 """
 _COUNT = "select count(*) from cdc.parked_key"
@@ -53,24 +58,33 @@ returning 1
 
 
 class Parking:
-    """The parked keys of the database, and how many there are, so that the usual case costs no statement."""
+    """The parked keys of the database, and how many there are, so that the usual case costs no statement.
 
-    def __init__(self, database: Database) -> None:
+    For the holder of a shard's lease, with its `token`.
+    """
+
+    def __init__(self, database: Database, shard: Shard, token: int) -> None:
         self._database = database
+        self._shard = shard
+        self._lease = (shard.name, token)
         self.count = 0
 
     async def load(self) -> None:
         ((self.count,),) = await self._database.execute(_COUNT)
 
     async def park(self, reasons: Mapping[tuple[int, str], Problem]) -> None:
-        """Parks keys, or notes one more try of those that are. Said once for a reason, not once for a key."""
+        """Parks keys, or notes one more try of those that are. Said once for a reason, not once for a key.
+
+        Raises Fenced if the lease is lost.
+        """
         if not reasons:
             return
         mirrors = [mirror for mirror, _ in reasons]
         keys = [key for _, key in reasons]
         classes = [kind for kind, _ in reasons.values()]
         texts = [reason.replace("\x00", "") for _, reason in reasons.values()]
-        await self._database.execute(_PARK, mirrors, keys, classes, texts)
+        if not await self._database.execute(_PARK, *self._lease, mirrors, keys, classes, texts):
+            raise Fenced(f"shard {self._shard} has another reader now")
         await self.load()
         for kind, reason in dict.fromkeys(reasons.values()):
             keys_hit = sum(each == (kind, reason) for each in reasons.values())
@@ -81,7 +95,9 @@ class Parking:
         if self.count == 0:
             return
         pairs = list(good)
-        gone = await self._database.execute(_SETTLE, [mirror for mirror, _ in pairs], [key for _, key in pairs])
+        gone = await self._database.execute(
+            _SETTLE, *self._lease, [mirror for mirror, _ in pairs], [key for _, key in pairs]
+        )
         if gone:
             self.count -= len(gone)
             log.info("key.settled", keys=len(gone), parked_keys=self.count)

@@ -70,7 +70,7 @@ class Session:
         self._checkpoint = Checkpoint(database, shard, held, lease_seconds=settings.lease_seconds)
         self._outage = outage
         self._liveness = liveness.within(f"shard {shard}")
-        self._parking = Parking(database)
+        self._parking = Parking(database, shard, held.token)
         self._registry = Registry(database, mirrors, self._parking)
         self._mirrors = mirrors
         self._lanes = Lanes()

@@ -73,6 +73,10 @@ class Witness:
         state = {key: each for documents in self._state.values() for key, each in documents.items()}
         self.history.committed(state, unread)
 
+    def note_truncation(self) -> None:
+        """A TRUNCATE has committed. Older snapshots see the empty table, and nothing of what came after it."""
+        self.history.committed({}, application.MIRROR_NAMES)
+
     async def empty(self) -> None:
         """Makes the deployment what it was before anybody used it."""
         async with self._looking:

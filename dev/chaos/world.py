@@ -114,6 +114,8 @@ class World:
         self._convex = ConvexServer(functions)
         self._shards = self._divided = shards
         self._seen = 0
+        # Writers with a TRUNCATE in their transaction.
+        self._truncating: set[int] = set()
         # Acts of failpoints when the last one was armed.
         self._acts = 0
         # Nobody tells a worker that its Convex is another; with nothing to do it does not ask.
@@ -349,6 +351,7 @@ class World:
         writer = self._writers[step.writer]
         if isinstance(step, KillWriter):
             self.counts["writer: SIGKILL"] += 1
+            self._truncating.discard(step.writer)
             writer.kill()
             return
         if isinstance(step, Commit):
@@ -361,11 +364,17 @@ class World:
         match step:
             case Do():
                 self.counts["statements" if outcome == "done" else "statements given up"] += 1
+                if step.statement.startswith("truncate"):
+                    self._truncating.add(step.writer)
             case Commit() if outcome == "done":
                 self.counts["transactions committed"] += 1
+                if step.writer in self._truncating:
+                    self._truncating.remove(step.writer)
+                    self._witness.note_truncation()
                 await self._note_state()
             case Rollback() if outcome == "done":
                 self.counts["transactions rolled back"] += 1
+                self._truncating.discard(step.writer)
             case _:
                 pass
         if self._witness.states_missing:

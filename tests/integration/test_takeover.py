@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from cdc_worker.database import Database as Pool
+from cdc_worker.documents import Problem
+from cdc_worker.errors import Fenced
 from cdc_worker.mirrors import Mirror
+from cdc_worker.outbox import Shard
+from cdc_worker.parking import Parking
 from dev import local_convex as convex
 from tests.integration.application import CHECK_INS, TABLES, Database
 from tests.integration.interposed import Interposed, held_until
@@ -103,3 +108,21 @@ async def test_one_that_is_killed_behind_a_pooler_is_replaced_with_its_lease(  #
             await said(second, "lease.acquired")
             assert time.monotonic() - started < LEASE_SECONDS + 2
             await eventually(lambda: mirrored.descriptions(user), ["after"])
+
+
+async def test_who_was_replaced_parks_and_settles_nothing(db: Database) -> None:
+    (mirror_id,) = db.execute("select id from cdc.mirror")[0]
+    key = (mirror_id, "1")
+    problem: Problem = ("rejected", "no")
+    db.execute("update cdc.checkpoint set token = 7")
+    async with Pool(db.dsn, statement_seconds=5) as pool:
+        before, now = (Parking(pool, Shard(0, 1), token) for token in (6, 7))
+        with pytest.raises(Fenced):
+            await before.park({key: problem})
+        assert db.one("select count(*) from cdc.parked_key") == 0
+        await now.park({key: problem})
+        await before.load()
+        await before.settle([key])
+        assert db.one("select count(*) from cdc.parked_key") == 1
+        await now.settle([key])
+        assert db.one("select count(*) from cdc.parked_key") == 0
