@@ -92,6 +92,8 @@ async def _describe(connection: Connection, mirror: Mirror) -> dict[str, int]:
     statement = sql.SQL("select * from (\n{}\n) as q limit 0").format(sql.SQL(mirror.query))
     try:
         async with connection.transaction():
+            # As the worker reads, where a `for update` fails. Behind the savepoint `migrate` goes on writing.
+            await connection.execute("set transaction read only")
             # Binary, for the protocol that takes one statement at a time.
             description = (await connection.execute(statement, binary=True)).description or []
     except psycopg.errors.ProtocolViolation:

@@ -226,14 +226,21 @@ async def fetch_one(connection: Connection, statement: LiteralString, *params: A
     return row
 
 
-def is_gone(error: psycopg.Error) -> bool:
-    """It is the database, rather than the statement.
+# Errors of a statement that are not its own: a deadlock, no memory or disk left, an operator, the machine.
+_OF_THE_SERVER = ("40", "53", "57", "58")
 
-    One that was cut off, waited for a lock, or passed a limit of Postgres (1 GB, the stack) is not: it would again.
+
+def is_gone(error: psycopg.Error) -> bool:
+    """It is the database, rather than the statement, which would fail again.
+
+    By what Postgres says, where it says something: the driver's classes also hold limits that were passed, a function's
+    own error, and a foreign server that is away.
     """
-    of_the_statement = psycopg.errors.QueryCanceled | psycopg.errors.LockNotAvailable
-    passed_a_limit = (error.sqlstate or "").startswith("54")
-    return isinstance(error, GONE) and not isinstance(error, of_the_statement) and not passed_a_limit
+    severity = error.diag.severity_nonlocalized
+    if severity is None:
+        return isinstance(error, GONE)
+    of_the_server = (error.sqlstate or "").startswith(_OF_THE_SERVER)
+    return severity != "ERROR" or (of_the_server and not isinstance(error, psycopg.errors.QueryCanceled))
 
 
 def first_lines(error: psycopg.Error) -> str:

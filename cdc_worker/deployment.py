@@ -38,6 +38,8 @@ _REFUSALS = {
     413: "a proxy in front of CONVEX_URL takes no request of this size",
 }
 _LARGE_BODY_BYTES = 1_048_576
+# Twice what a function can return. What is longer comes from something else, and might have no end.
+_LONGEST_ANSWER_BYTES = 33_554_432
 
 
 class Deployment:
@@ -89,13 +91,22 @@ class Deployment:
         data = body if len(body) <= _LARGE_BODY_BYTES else io.BytesIO(body)
         try:
             async with self._session.post(f"{self.url}/api/{kind}", data=data, allow_redirects=False) as response:
-                text = await response.read()
+                text = await _body(response)
                 status = response.status
         except aiohttp.InvalidURL:
             raise Misconfigured("CONVEX_URL is no address") from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Transient(_why(error)) from None
         return _decode(status, text)
+
+
+async def _body(response: aiohttp.ClientResponse) -> bytes:
+    body = bytearray()
+    async for part in response.content.iter_any():
+        body += part
+        if len(body) > _LONGEST_ANSWER_BYTES:
+            raise Transient(f"HTTP {response.status} whose body does not end: is there a proxy in front of CONVEX_URL?")
+    return bytes(body)
 
 
 def _why(error: BaseException) -> str:

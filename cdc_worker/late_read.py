@@ -139,8 +139,9 @@ class LateReader:
         except psycopg.Error as error:
             if is_gone(error) or (isinstance(error, psycopg.errors.QueryCanceled) and len(keys) > 1):
                 raise
-            if (error.sqlstate or "").startswith(("42", "55")):
-                # The query as a whole: an unknown column or table, a right taken away, a table that is locked.
+            if (error.sqlstate or "").startswith(("08", "42", "55", "HV")):
+                # The query as a whole: an unknown column or table, a right taken away, a table that is locked, or that
+                # belongs to a foreign server which is away.
                 state.plan, state.broken = None, first_lines(error)
                 log.error(
                     "mirror.broken",

@@ -1,5 +1,6 @@
 """Parked keys: what is refused for a reason of its own, kept with the reason until a good reading settles it."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -56,6 +57,9 @@ where m.id = p.mirror and ($1::text is null or m.name = $1) and ($2::text is nul
 returning 1
 """
 
+# Of one batch.
+_REASONS_SAID = 5
+
 
 class Parking:
     """The parked keys of the database, and how many there are, so that the usual case costs no statement.
@@ -73,7 +77,8 @@ class Parking:
         ((self.count,),) = await self._database.execute(_COUNT)
 
     async def park(self, reasons: Mapping[tuple[int, str], Problem]) -> None:
-        """Parks keys, or notes one more try of those that are. Said once for a reason, not once for a key.
+        """Parks keys, or notes one more try of those that are. Said once for a reason, not once for a key, and for the
+        most frequent ones: a reason can have a number in it.
 
         Raises Fenced if the lease is lost.
         """
@@ -86,9 +91,17 @@ class Parking:
         if not await self._database.execute(_PARK, *self._lease, mirrors, keys, classes, texts):
             raise Fenced(f"shard {self._shard} has another reader now")
         await self.load()
-        for kind, reason in dict.fromkeys(reasons.values()):
-            keys_hit = sum(each == (kind, reason) for each in reasons.values())
+        each = Counter(reasons.values()).most_common()
+        for (kind, reason), keys_hit in each[:_REASONS_SAID]:
             log.error("key.parked", kind=kind, reason=reason, keys=keys_hit, parked_keys=self.count)
+        if others := each[_REASONS_SAID:]:
+            log.error(
+                "key.parked",
+                kind="several",
+                reason=f"{len(others)} reasons more: see `cdc-worker parked list`",
+                keys=sum(keys_hit for _, keys_hit in others),
+                parked_keys=self.count,
+            )
 
     async def settle(self, good: Iterable[tuple[int, str]]) -> None:
         """These keys are as Postgres has them: whatever was held against them is over."""

@@ -120,6 +120,16 @@ async def drips(request: web.Request, _body: bytes, run: Run) -> web.StreamRespo
     return response
 
 
+async def floods(request: web.Request, _body: bytes, _run: Run) -> web.StreamResponse:
+    """Nothing runs, and the answer has no end."""
+    response = web.StreamResponse()
+    await response.prepare(request)
+    with contextlib.suppress(ConnectionError):
+        while True:
+            await response.write(bytes(65_536))
+    return response
+
+
 async def hangs_after(_request: web.Request, _body: bytes, run: Run) -> web.Response:
     """It runs, and nothing is ever said of it."""
     await run()

@@ -11,6 +11,8 @@ from aiohttp import web
 from convex.http_client import ConvexHttpClient
 
 from cdc_worker.database import Database as Pool
+from cdc_worker.deployment import Deployment
+from cdc_worker.errors import Transient
 from cdc_worker.mirrors import Mirror
 from cdc_worker.replay import replay
 from dev import local_convex as convex
@@ -22,6 +24,7 @@ from tests.integration.interposed import (
     answers,
     answers_after,
     drips,
+    floods,
     hangs_after,
     resets,
     resets_after,
@@ -105,6 +108,13 @@ async def test_whatever_becomes_of_a_request(  # fixtures
         assert db.one("select count(*) from cdc.parked_key") == 0
         # Each was waited out where it stood.
         assert running.log.events.count("session.open") == 1
+
+
+async def test_an_answer_without_end_is_not_kept(between: Interposed) -> None:
+    between.fault = floods
+    async with Deployment(between.convex.url, None, timeout_seconds=30) as deployment:
+        with pytest.raises(Transient, match="whose body does not end"):
+            await deployment.call("query", "cdc:keys", {})
 
 
 async def met(between: Interposed, requests: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from cdc_worker import database as border
-from cdc_worker.database import Database
+from cdc_worker.database import Database, is_gone
 from dev.link import Link, link_to
 
 pytestmark = pytest.mark.one_postgres
@@ -98,3 +98,36 @@ async def test_what_a_worker_locked_that_vanished_is_free_again(database: str, m
             with pytest.raises(psycopg.Error) as ended:
                 await vanish(pool)
     assert not isinstance(ended.value, psycopg.errors.LockNotAvailable)
+
+
+# By what a mirror's query, or a function in it, may fail with.
+OF_THE_STATEMENT = ["08001", "08006", "22012", "2F003", "38000", "39000", "42703", "54001", "55000", "55P03", "57014"]
+OF_THE_SERVER = ["40P01", "53100", "53200", "57P03", "58030"]
+
+
+@pytest.mark.parametrize("code", [*OF_THE_STATEMENT, "HV000", "P0001", "XX000", *OF_THE_SERVER])
+async def test_a_statement_s_own_error_is_told_from_the_database_s(pool: Database, code: str) -> None:
+    with pytest.raises(psycopg.Error) as said:
+        async with pool.transaction() as connection:
+            await connection.execute(f"do $$ begin raise exception using errcode = '{code}'; end $$")
+    assert said.value.sqlstate == code
+    assert is_gone(said.value) is (code in OF_THE_SERVER)
+
+
+async def test_a_connection_that_is_ended_is_the_database_s_error(pool: Database) -> None:
+    with pytest.raises(psycopg.Error) as said:
+        await pool.execute("select pg_terminate_backend(pg_backend_pid())")
+    assert is_gone(said.value)
+
+
+async def test_a_transaction_that_was_idle_too_long_is_the_database_s_error(pool: Database) -> None:
+    # Of a class that the driver does not count among those of a broken connection.
+    async def idle() -> None:
+        async with pool.transaction() as connection:
+            await connection.execute("set local idle_in_transaction_session_timeout = 20")
+            await asyncio.sleep(0.2)
+            await connection.execute("select 1")
+
+    with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout) as said:
+        await idle()
+    assert is_gone(said.value)

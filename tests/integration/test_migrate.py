@@ -288,6 +288,7 @@ WRONG = {
     "broken SQL": (activity("selec 1"), "its query fails: syntax error"),
     "two statements": (activity(GOOD + "; select 1"), "its query fails: syntax error"),
     "a statement that writes": (activity("delete from t returning *"), "its query fails"),
+    "a query that locks": (activity(GOOD + " for update"), "its query fails: cannot execute SELECT FOR UPDATE"),
     "a parameter": (activity(GOOD + " where id = $1"), "its query"),
     "column missing": (activity("select id, at as timestamp from t"), "has no column user_id, type, description"),
     "key missing": (activity(GOOD.replace("select id,", "select")), "has no column id"),

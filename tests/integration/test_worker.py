@@ -527,6 +527,36 @@ async def test_a_table_that_is_locked_holds_up_no_other_mirror(
             await eventually(lambda: mirrored.status(user), {"userId": user}, seconds=6)
 
 
+async def test_a_foreign_server_that_is_away_holds_up_no_other_mirror(
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    # What a foreign table, or dblink, says through the worker's own good connection.
+    db.execute(
+        """
+        create table away (is_away bool); insert into away values (true);
+        create function name_there(id text) returns text language plpgsql stable as $$ begin
+            if (select is_away from away) then
+                raise exception 'could not connect to server "there"' using errcode = '08001';
+            end if;
+            return 'there';
+        end $$
+        """
+    )
+    far = mirrors[0].model_copy(
+        update={"query": mirrors[0].query.replace("coalesce(note, 'Checked in')", "name_there(id)")}
+    )
+    await asyncio.to_thread(db.migrate, [far, mirrors[1]])
+    async with work([far, mirrors[1]]) as running:
+        check_in(db, user, "1")
+        assert (await running.said("mirror.broken"))["cause"] == 'could not connect to server "there"'
+        db.execute("""insert into "User" values (%s)""", user)
+        await eventually(lambda: mirrored.status(user), {"userId": user})
+        db.execute("update away set is_away = false")
+        await eventually(lambda: mirrored.descriptions(user), ["there"])
+        await running.stop()
+        assert running.log.events.count("session.open") == 1
+
+
 POISON = Mirror(
     name="ratios",
     target="activity",
@@ -580,6 +610,26 @@ async def test_a_row_that_is_no_document_is_parked_alone(
     async with work([mirror]) as running:
         assert UNFIT[what][2] in (await running.said("key.parked"))["reason"]
         await eventually(lambda: len(mirrored.activities(user)), 3)
+
+
+async def test_of_many_reasons_the_most_frequent_are_said(
+    db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    # Each too large by a size of its own, which the reason names.
+    large = "case n when 0 then 'fine' else repeat('x', 1050000 + n) end"
+    mirror = POISON.model_copy(update={"query": POISON.query.replace("(100 / n)::text", large)})
+    db.execute("create table ratio (id int primary key, owner text, n int)")
+    db.migrate([mirror])
+    db.execute("insert into ratio select n, %s, n from generate_series(0, 7) as n", user)
+    async with work([mirror]) as running:
+        await eventually(lambda: db.one("select count(*) from cdc.parked_key"), 7)
+        await eventually(lambda: len(mirrored.activities(user)), 1)
+        await running.stop()
+        said = [line for line in running.log.of("key.parked") if line["kind"] == "several"]
+        print(running.log.of("key.parked"))
+        assert [(line["keys"], line["reason"]) for line in said] == [
+            (2, "2 reasons more: see `cdc-worker parked list`")
+        ]
 
 
 async def test_a_document_that_convex_rejects_is_parked_alone(
