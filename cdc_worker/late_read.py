@@ -139,9 +139,7 @@ class LateReader:
         except psycopg.Error as error:
             if is_gone(error) or (isinstance(error, psycopg.errors.QueryCanceled) and len(keys) > 1):
                 raise
-            if (error.sqlstate or "").startswith(("08", "42", "55", "HV")):
-                # The query as a whole: an unknown column or table, a right taken away, a table that is locked, or that
-                # belongs to a foreign server which is away.
+            if is_of_the_query(error):
                 state.plan, state.broken = None, first_lines(error)
                 log.error(
                     "mirror.broken",
@@ -170,6 +168,19 @@ class LateReader:
             maker = EventMaker(state.plan, state.id, number)
             found |= await _query(connection, state.plan, maker, large, _NO_LIMIT)
         return [event for key in keys if isinstance(event := found[key], Event)]
+
+
+def is_of_the_query(error: psycopg.Error) -> bool:
+    """It fails as a whole, rather than on a row: an unknown column or table, a right taken away, a table that is
+    locked, or that belongs to a foreign server which is away.
+    """
+    return (error.sqlstate or "").startswith(("08", "42", "55", "HV"))
+
+
+async def try_key(connection: Connection, plan: Plan, key: str) -> None:
+    """Reads a key's row for nothing; raises what that fails with."""
+    if arrays := key_arrays([key], plan.key_types):
+        await connection.execute(plan.documents, (*arrays, _LARGE_ROW_BYTES), binary=True)
 
 
 def _distinct_keys(rows: Sequence[LogRow]) -> dict[int, list[str]]:

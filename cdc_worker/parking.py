@@ -37,6 +37,7 @@ select cdc.written(), mirror, key
 from cdc.parked_key where mirror = $1 and class = 'mirror'
 returning 1
 """
+_ONE = "select key from cdc.parked_key where mirror = $1 and class = 'mirror' limit 1"
 
 _LIST = """
 select m.name, p.key, p.class, p.reason, p.attempts, p.first_at, p.last_at
@@ -114,6 +115,11 @@ class Parking:
         if gone:
             self.count -= len(gone)
             log.info("key.settled", keys=len(gone), parked_keys=self.count)
+
+    async def one_of_mirror(self, mirror_id: int) -> str | None:
+        """A key that is parked for its mirror's query, if there is one."""
+        found = await self._database.execute(_ONE, mirror_id)
+        return str(found[0][0]) if found else None
 
     async def retry_mirror(self, mirror_id: int) -> None:
         """The mirror's query runs again: its keys are read anew."""

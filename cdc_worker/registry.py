@@ -6,9 +6,9 @@ import psycopg
 import structlog
 
 from cdc_worker.catalog import check
-from cdc_worker.database import Database, first_lines
+from cdc_worker.database import Connection, Database, first_lines, is_gone
 from cdc_worker.errors import ConfigError, SchemaError
-from cdc_worker.late_read import MirrorState
+from cdc_worker.late_read import MirrorState, is_of_the_query, try_key
 from cdc_worker.locks import LOCKED
 from cdc_worker.migrate import load_migrations
 from cdc_worker.mirrors import Mirror
@@ -70,6 +70,8 @@ class Registry:
         try:
             async with self._database.transaction("read only") as connection:
                 plan = await check(connection, mirror)
+                if state.broken:
+                    await self._try_key(connection, state, plan)
         except (ConfigError, *LOCKED) as error:
             # Whatever is locked may stay so for hours, and other mirrors have nothing to do with it.
             cause = first_lines(error) if isinstance(error, psycopg.Error) else str(error)
@@ -84,3 +86,17 @@ class Registry:
         await self._parking.retry_mirror(state.id)
         if was_broken:
             log.info("mirror.mended", mirror=mirror.name)
+
+    async def _try_key(self, connection: Connection, state: MirrorState, plan: Plan) -> None:
+        """What no plan shows: a function that fails when it is called. Raises ConfigError if it still does."""
+        key = await self._parking.one_of_mirror(state.id)
+        if key is None:
+            return
+        try:
+            async with connection.transaction():
+                await try_key(connection, plan, key)
+        except psycopg.Error as error:
+            if is_gone(error):
+                raise
+            if is_of_the_query(error):
+                raise ConfigError(first_lines(error)) from None
