@@ -8,6 +8,7 @@ from typing import Final
 
 import psycopg
 
+from cdc_worker.capture import GATE
 from dev.bench.results import Bench, Results, Row
 from dev.bench.stage import ROWS, Stage, stage
 from dev.bench.triggers import ONLY_THE_KEY, add_triggers, captured
@@ -37,6 +38,20 @@ begin
     exception when others then return null;
     end;
     if tg_op"""
+# Instead of statement triggers with their transition tables.
+_ROW: Final = """
+begin
+    insert into cdc.outbox_0 (mirror, key) values (1, (case when tg_op = 'DELETE' then old.id else new.id end)::text);
+    if not pg_try_advisory_xact_lock_shared({}, {}) then perform pg_notify('cdc_outbox', ''); end if;
+    return null;
+end
+""".format(*GATE)  # noqa: S608  # our own text
+_ROW_TRIGGERS: Final = """
+drop trigger cdc_insert on {table}; drop trigger cdc_update on {table}; drop trigger cdc_delete on {table};
+create trigger cdc_insert after insert on {table} for each row execute function {function};
+create trigger cdc_update after update on {table} for each row when (old.* *<> new.*) execute function {function};
+create trigger cdc_delete after delete on {table} for each row execute function {function};
+"""
 
 
 class Misfit(Exception):
@@ -50,7 +65,7 @@ class Part:
     what: str
     # The function's body, from capture's; None: no triggers at all.
     body: Callable[[str], str] | None = lambda body: body
-    # Beforehand and afterwards; `{function}` is the function.
+    # Beforehand and afterwards; `{function}` is the function, `{table}` the table.
     before: str = ""
     after: str = ""
 
@@ -76,6 +91,10 @@ _PARTS: Final = (
         _put(r"if cdc\.written\(\) operator\(pg_catalog\.=\) 0 then(.*?)elsif cdc\.written.*?end if;", r"\1"),
     ),
     Part(
+        "without comparing what an update changed",
+        _put(r'\(o\."seen_0" operator\(pg_catalog\.\*<>\) n\."seen_0"\) is not false', "true"),
+    ),
+    Part(
         "without the index on the log",
         _put(r"cdc\.outbox_0", "cdc.part_bare"),
         "create table cdc.part_bare (like cdc.outbox_0 including defaults)",
@@ -91,6 +110,7 @@ _PARTS: Final = (
         _put(r"cdc\.outbox_0", "cdc.outbox"),
         "alter table cdc.outbox alter slot set default 0",
     ),
+    Part("as row triggers", lambda _: _ROW, after=_ROW_TRIGGERS),
     Part("with `set search_path`", after="alter function {function} set search_path = pg_catalog, pg_temp"),
     Part("with a block that finds columns gone", _put(r"\nbegin\n    if tg_op", _GUARD)),
 )
@@ -146,7 +166,7 @@ def _make(on: Stage, part: Part, table: str) -> None:
         on.execute(part.before)
     name = add_triggers(on, table, part.body(captured(table)))
     if part.after:
-        on.execute(part.after.format(function=f"cdc.{name}()"))
+        on.execute(part.after.format(function=f"cdc.{name}()", table=table))
 
 
 def _cpu_seconds(backend: psycopg.Connection) -> float:

@@ -3,11 +3,12 @@
 The same table with its triggers, without any, and with the least that a trigger can do, turn by turn.
 """
 
+import contextlib
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -20,10 +21,14 @@ Table = Literal["bench_plain", "bench_floor", "bench_event"]
 TABLES: Final[dict[Table, str]] = {"bench_plain": "without", "bench_floor": "floor", "bench_event": "with"}
 """And what they are in the results."""
 
-Way = Literal["", ", pgbench's default"]
-# What is left of a statement that was prepared, through the socket, is its work, so that ours shows most. The other
-# way is what pgbench does unless it is told otherwise.
-_WAYS: Final[dict[Way, Sequence[int]]] = {"": (1, 16, 64), ", pgbench's default": (16, 64)}
+Way = Literal["", ", commits of 5 ms", ", pgbench's default"]
+# What is left of a statement that was prepared, through the socket, is its work, so that ours shows most. Then the same
+# where a commit takes its time, as with a disk in the network; and what pgbench does unless it is told otherwise.
+_WAYS: Final[dict[Way, Sequence[int]]] = {
+    "": (1, 16, 64),
+    ", commits of 5 ms": (16, 64),
+    ", pgbench's default": (16, 64),
+}
 
 _LOADED: Final = 100_000
 _BULK: Final = 10_000
@@ -76,17 +81,31 @@ def _single_rows(bench: Bench, on: Stage) -> list[Row]:
     rounds, seconds = bench.size(4, 1), bench.size(2, 1)
     on.execute("create sequence bench_id start 10000000")
     for way, crowds in _WAYS.items():
-        for what in ("insert", "update"):
-            for clients in crowds if not bench.quick else (4,):
-                turns = _Turns()
-                for _ in range(rounds):
-                    for table in TABLES:
-                        before = on.wal()
-                        script = _script(what, table, bench.size(_LOADED, 1_000))
-                        rate, done = _pgbench(on, script, way, clients, seconds)
-                        turns.note(table, rate, (on.wal() - before) / max(done, 1))
-                rows.append(turns.row(f"{what}, {clients} client{'s' * (clients > 1)}{way}"))
+        with _commits(on.server, milliseconds=5 if way == ", commits of 5 ms" else 0):
+            for what in ("insert", "update"):
+                for clients in crowds if not bench.quick else (4,):
+                    turns = _Turns()
+                    for _ in range(rounds):
+                        for table in TABLES:
+                            before = on.wal()
+                            script = _script(what, table, bench.size(_LOADED, 1_000))
+                            rate, done = _pgbench(on, script, way, clients, seconds)
+                            turns.note(table, rate, (on.wal() - before) / max(done, 1))
+                    rows.append(turns.row(f"{what}, {clients} client{'s' * (clients > 1)}{way}"))
     return rows
+
+
+@contextlib.contextmanager
+def _commits(server: Server, *, milliseconds: int) -> Iterator[None]:
+    """Whoever writes the log to the disk, for all who commit just then, sleeps so long before."""
+    with server.admin() as connection:
+        connection.execute(f"alter system set commit_delay = {milliseconds * 1000}")
+        connection.execute("alter system set commit_siblings = 0")
+        connection.execute("select pg_reload_conf()")
+        yield
+        connection.execute("alter system reset commit_delay")
+        connection.execute("alter system reset commit_siblings")
+        connection.execute("select pg_reload_conf()")
 
 
 def _script(what: str, table: Table, loaded: int) -> str:
@@ -140,7 +159,7 @@ def _pgbench(on: Stage, script: str, way: Way, clients: int, seconds: int) -> tu
     """Transactions per second, and how many there were."""
     file = on.folder / "script.sql"
     file.write_text(script)
-    protocol, dsn = ("simple", on.dsn) if way else ("prepared", on.socket_dsn)
+    protocol, dsn = ("simple", on.dsn) if way == ", pgbench's default" else ("prepared", on.socket_dsn)
     done = subprocess.run(
         [
             *(_program(on.server), "--no-vacuum", f"--protocol={protocol}", f"--file={file}"),
