@@ -28,6 +28,10 @@ SEEDS: Final = 150
 _COPIED: Final = ("cdc_worker", "convex", "dev", "migrations", "pyproject.toml")
 _NOT_COPIED: Final = shutil.ignore_patterns("node_modules", "__pycache__", ".*")
 _MINUTES: Final = 10
+# What Convex shows. The list of parked keys is kept in Postgres by the lease's holder, as the checkpoint is.
+_SHOWN: Final = ("lost", "doubled", "stale")
+# A mutant that only breaks the worker proves nothing: something must be wrong while the worker is content.
+_NOTICED: Final = (*_SHOWN, "misparked")
 # Without leases workers of several shards may take them from each other for ever. If more get stuck, a mutant that must
 # not be noticed has shown nothing.
 _MOST_STUCK: Final = 0.1
@@ -214,7 +218,7 @@ class Outcome:
     schedules: int
     seed: str | None = None
     what: str = ""
-    # Schedules in which nothing was wrong but that it did not come to rest.
+    # Schedules in which nothing was wrong but that it did not come to rest, or what is kept in Postgres.
     stuck: int = 0
 
 
@@ -249,8 +253,7 @@ def _outcome(mutant: Mutant, figures: Mapping[str, Any]) -> Outcome:
     stuck = 0
     for finding in figures["findings"]:
         for kind, what in finding["found"]:
-            # A mutant that only breaks the worker shows nothing: Convex must be wrong while the worker is content.
-            if kind != "stuck":
+            if kind in (_NOTICED if mutant.noticed else _SHOWN):
                 said = " ".join(f"{kind} {finding['when']}: {what}".split())
                 return Outcome(figures["schedules"], finding["name"], said)
         stuck += 1
@@ -281,7 +284,7 @@ def _judged(mutant: Mutant, asked: argparse.Namespace) -> bool:
         outcome = tried(mutant, seeds=asked.seeds, verbose=asked.verbose)
         as_it_should = (outcome.seed is not None) == mutant.noticed
         found = f"{outcome.seed}: {outcome.what[:150]}" if outcome.seed is not None else "not noticed"
-        found += f"; {outcome.stuck} did not come to rest" if outcome.stuck else ""
+        found += f"; {outcome.stuck} did not come to rest, or parked in vain" if outcome.stuck else ""
         schedules = f"{outcome.schedules:4} schedules"
     except Misfit as misfit:
         as_it_should, found, schedules = False, str(misfit), ""

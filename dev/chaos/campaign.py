@@ -15,7 +15,7 @@ from dev.chaos.servers import probed_functions
 from dev.chaos.world import Diverged, World
 from dev.postgres_programs import Flavour
 
-KINDS: Final[tuple[Kind, ...]] = ("lost", "doubled", "stale", "stuck")
+KINDS: Final[tuple[Kind, ...]] = ("lost", "doubled", "stale", "misparked", "stuck")
 # Everything in a schedule has deadlines of its own; this is for one that we forgot.
 _SCHEDULE_SECONDS = 180.0
 # The local Convex never frees what its queries have returned.

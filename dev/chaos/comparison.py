@@ -11,8 +11,9 @@ from typing import Any, Literal
 from dev.chaos import application
 from dev.chaos.application import Content, Documents, Key
 
-Kind = Literal["lost", "doubled", "stale", "stuck"]
-"""Convex lacks what Postgres has; has it twice; has what Postgres has no more, or goes back; or nothing moves."""
+Kind = Literal["lost", "doubled", "stale", "misparked", "stuck"]
+"""Convex lacks what Postgres has; has it twice; has what Postgres has no more, or goes back; a key is parked whose row
+is fit; or nothing moves."""
 
 Version = tuple[float, float]
 
@@ -36,7 +37,7 @@ def differences(
         what = f"Convex has {found.get(key, 'nothing')}, and must have {wanted.get(key, 'nothing')}"
         wrong.append(Difference(kind, f"{_name(key)}: {what}"))
     wrong += [Difference("doubled", f"{_name(key)}: two documents") for key in doubled]
-    wrong += [Difference("stale", f"{_name(key)}: parked, and the row is fit") for key in sorted(parked - unfit)]
+    wrong += [Difference("misparked", f"{_name(key)}: the row is fit") for key in sorted(parked - unfit)]
     wrong += [Difference("lost", f"{_name(key)}: not parked, and the row is unfit") for key in sorted(unfit - parked)]
     return wrong
 

@@ -39,7 +39,7 @@ def test_at_rest() -> None:
         ({}, nothing, {KEY: X}, [], nothing, "stale"),
         ({KEY: X}, nothing, {KEY: X}, [KEY], nothing, "doubled"),
         ({}, {KEY}, {KEY: X}, [], nothing, "lost"),
-        ({KEY: X}, nothing, {KEY: X}, [], {KEY}, "stale"),
+        ({KEY: X}, nothing, {KEY: X}, [], {KEY}, "misparked"),
     ]
     for wanted, unfit, found, doubled, parked, kind in cases:
         assert [each.kind for each in differences(wanted, unfit, found, doubled, parked)] == [kind]
