@@ -65,7 +65,7 @@ async def check(connection: Connection, mirror: Mirror) -> Plan:
         raise _wrong(mirror, f"its query has no column {', '.join(dict.fromkeys(missing))} (it has {', '.join(types)})")
     for name in mirror.key:
         if types[name] not in _KEY_TYPES:
-            raise _wrong(mirror, f"key column {name} must be text, uuid, int or bigint: cast it in the query")
+            raise _wrong(mirror, f"key column {name} must be text, uuid, int or bigint: docs/mirrors.md, Keys")
     for name in TIME_COLUMNS & set(types):
         if types[name] not in _TIMES:
             raise _wrong(mirror, f"column {name} must be a timestamp or a date: for a number, use to_timestamp()")
@@ -170,4 +170,8 @@ async def _check_source(connection: Connection, mirror: Mirror, source: Source, 
         )
     for name, wanted in zip(source.key, key_types, strict=True):
         if _KEY_TYPES.get(columns[name]) != wanted:
-            raise _wrong(mirror, f"column {name} of {source.table} has another type than the key it gives ({wanted})")
+            raise _wrong(
+                mirror,
+                f"column {name} of {source.table} has another type than the key it gives ({wanted}):"
+                " docs/mirrors.md, Keys",
+            )

@@ -228,6 +228,8 @@ async def fetch_one(connection: Connection, statement: LiteralString, *params: A
 
 # Errors of a statement that are not its own: a deadlock, no memory or disk left, an operator, the machine.
 _OF_THE_SERVER = ("40", "53", "57", "58")
+# But these are: it was cut off; it passed a limit that is set (temp_file_limit); it calls what an extension has lost.
+_OF_THE_STATEMENT = ("57014", "53400", "58P01")
 
 
 def is_gone(error: psycopg.Error) -> bool:
@@ -239,8 +241,8 @@ def is_gone(error: psycopg.Error) -> bool:
     severity = error.diag.severity_nonlocalized
     if severity is None:
         return isinstance(error, GONE)
-    of_the_server = (error.sqlstate or "").startswith(_OF_THE_SERVER)
-    return severity != "ERROR" or (of_the_server and not isinstance(error, psycopg.errors.QueryCanceled))
+    code = error.sqlstate or ""
+    return severity != "ERROR" or (code.startswith(_OF_THE_SERVER) and code not in _OF_THE_STATEMENT)
 
 
 def first_lines(error: psycopg.Error) -> str:

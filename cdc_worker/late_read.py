@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import psycopg
 import structlog
 
-from cdc_worker.database import Connection, Database, first_lines, is_gone
+from cdc_worker.database import Connection, Database, fetch, first_lines, is_gone
 from cdc_worker.documents import Event, EventMaker, Problem, Row
 from cdc_worker.errors import SchemaError
-from cdc_worker.keys import key_arrays
+from cdc_worker.keys import join_key, key_arrays
 from cdc_worker.outbox import LogRow, Page, Position, Shard, read_page
 from cdc_worker.plan import Plan
 
@@ -139,7 +139,7 @@ class LateReader:
         except psycopg.Error as error:
             if is_gone(error) or (isinstance(error, psycopg.errors.QueryCanceled) and len(keys) > 1):
                 raise
-            if is_of_the_query(error):
+            if await is_of_the_query(error, connection, state.plan, keys):
                 state.plan, state.broken = None, first_lines(error)
                 log.error(
                     "mirror.broken",
@@ -170,17 +170,51 @@ class LateReader:
         return [event for key in keys if isinstance(event := found[key], Event)]
 
 
-def is_of_the_query(error: psycopg.Error) -> bool:
-    """It fails as a whole, rather than on a row: an unknown column or table, a right taken away, a table that is
-    locked, or that belongs to a foreign server which is away.
-    """
-    return (error.sqlstate or "").startswith(("08", "42", "55", "HV"))
+# A server that is away, a table that is locked, a library that is gone, a function that writes: no row's fault.
+_SURROUNDINGS = ("08", "25", "55", "58", "HV")
+# A column, table, function, schema or right that is gone; or a row's text that a type (tsquery, ltree) cannot read.
+_NAMES_AND_SYNTAX = ("0A", "3F", "42")
+# So many rows are tried.
+_SAMPLE = 5
 
 
-async def try_key(connection: Connection, plan: Plan, key: str) -> None:
-    """Reads a key's row for nothing; raises what that fails with."""
-    if arrays := key_arrays([key], plan.key_types):
-        await connection.execute(plan.documents, (*arrays, _LARGE_ROW_BYTES), binary=True)
+async def is_of_the_query(error: psycopg.Error, connection: Connection, plan: Plan, keys: Sequence[str]) -> bool:
+    """The mirror's query, which failed on these keys, fails as a whole, rather than on a row."""
+    code = error.sqlstate or ""
+    if code.startswith(_NAMES_AND_SYNTAX):
+        return not await _reads_any(connection, plan, keys)
+    return code.startswith(_SURROUNDINGS)
+
+
+async def _reads_any(connection: Connection, plan: Plan, failed: Sequence[str]) -> bool:
+    """A row can be read by itself: of those that failed together, or of the first ones."""
+    try:
+        async with connection.transaction():
+            first = [join_key(row) for row in await fetch(connection, plan.first_keys, _SAMPLE)]
+    except psycopg.Error as error:
+        if is_gone(error):
+            raise
+        return False
+    for key in dict.fromkeys((*failed[:1], *failed[-1:], *first)):
+        if len(failed) == 1 and key == failed[0]:
+            continue  # that is known
+        try:
+            async with connection.transaction():
+                if await try_key(connection, plan, key):
+                    return True
+        except psycopg.Error as error:
+            if is_gone(error):
+                raise
+    return False
+
+
+async def try_key(connection: Connection, plan: Plan, key: str) -> bool:
+    """Reads a key's row for nothing, and says if there is one; raises what that fails with."""
+    arrays = key_arrays([key], plan.key_types)
+    if not arrays:
+        return False
+    cursor = await connection.execute(plan.documents, (*arrays, _LARGE_ROW_BYTES), binary=True)
+    return await cursor.fetchone() is not None
 
 
 def _distinct_keys(rows: Sequence[LogRow]) -> dict[int, list[str]]:

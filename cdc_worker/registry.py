@@ -98,5 +98,5 @@ class Registry:
         except psycopg.Error as error:
             if is_gone(error):
                 raise
-            if is_of_the_query(error):
+            if await is_of_the_query(error, connection, plan, [key]):
                 raise ConfigError(first_lines(error)) from None

@@ -101,11 +101,24 @@ async def test_what_a_worker_locked_that_vanished_is_free_again(database: str, m
 
 
 # By what a mirror's query, or a function in it, may fail with.
-OF_THE_STATEMENT = ["08001", "08006", "22012", "2F003", "38000", "39000", "42703", "54001", "55000", "55P03", "57014"]
+OF_THE_STATEMENT = [
+    "08001",
+    "08006",
+    "22012",
+    "2F003",
+    "38000",
+    "39000",
+    "42703",
+    "53400",
+    "54001",
+    "55000",
+    "55P03",
+    "57014",
+]
 OF_THE_SERVER = ["40P01", "53100", "53200", "57P03", "58030"]
 
 
-@pytest.mark.parametrize("code", [*OF_THE_STATEMENT, "HV000", "P0001", "XX000", *OF_THE_SERVER])
+@pytest.mark.parametrize("code", [*OF_THE_STATEMENT, "58P01", "HV000", "P0001", "XX000", *OF_THE_SERVER])
 async def test_a_statement_s_own_error_is_told_from_the_database_s(pool: Database, code: str) -> None:
     with pytest.raises(psycopg.Error) as said:
         async with pool.transaction() as connection:

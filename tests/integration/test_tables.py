@@ -114,6 +114,38 @@ async def test_values_that_change_with_the_type_of_their_column(
         assert running.log.events.count("capture.tables_changed") == 1
 
 
+WHOLE_ROWS = {
+    "as it is": "to_jsonb(v) as metadata from visit v",
+    "spelled out": "to_jsonb(q) as metadata from (select * from visit) q",
+    "in a view": "whole as metadata from seen",
+}
+
+
+@pytest.mark.parametrize("how", WHOLE_ROWS)
+async def test_columns_of_a_query_that_shows_whole_rows(  # noqa: PLR0917  # fixtures
+    db: Database, work: Work, mirrored: Mirrored, mirror: Mirror, user: str, how: str
+) -> None:
+    """A column that comes, or gets another name, is in each document, and no trigger fires."""
+    db.execute("create view seen as select v.id, v.part, to_jsonb(v) as whole from visit v")
+    query = f"select id, part, '{user}' as user_id, 'alert' as type, '' as description, now() as timestamp,"
+    whole = mirror.model_copy(
+        update={"name": f"{mirror.name}-whole", "query": f"{query} {WHOLE_ROWS[how]} where id = 1"}
+    )
+    await asyncio.to_thread(db.migrate, [whole])
+
+    def shown() -> list[dict[str, object]]:
+        return [each["metadata"] for each in mirrored.activities(user)]
+
+    async with work(whole) as running:
+        await running.said("backfill.done")
+        await noted(db)
+        await asyncio.to_thread(db.execute, "alter table visit add column more int default 7")
+        await eventually(shown, [{"id": 1, "part": 2, "note": None, "more": 7}])
+        await asyncio.to_thread(db.execute, "alter table visit rename column more to most")
+        await eventually(shown, [{"id": 1, "part": 2, "note": None, "most": 7}])
+        assert "renamed" in (await running.said("capture.tables_changed", times=2))["cause"]
+
+
 async def test_rows_that_come_with_their_partition(
     db: Database, work: Work, mirrored: Mirrored, mirror: Mirror
 ) -> None:

@@ -613,6 +613,67 @@ UNFIT = {
 }
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
+async def test_a_row_whose_text_a_type_cannot_read_is_parked_alone(
+    db: Database, work: Work, mirrored: Mirrored, user: str, together: bool
+) -> None:
+    """Postgres says the same of it as of a query that is wrong: a syntax error."""
+    name = f"searches-{uuid.uuid4().hex[:8]}"
+    columns = f"id, '{user}' as user_id, 'alert' as type, words::tsquery::text as description, now() as timestamp"
+    searches = rows_of("search", name=name).model_copy(update={"query": f"select {columns} from search"})
+    db.execute("create table search (id int primary key, words text)")
+    await asyncio.to_thread(db.migrate, [searches])
+    async with work([searches]) as running:
+        if together:
+            db.execute("insert into search values (1, 'a'), (2, 'a b'), (3, 'c')")
+        else:
+            db.execute("insert into search values (1, 'a'), (3, 'c')")
+            await running.said("backfill.done")
+            await eventually(lambda: mirrored.descriptions(user), ["'a'", "'c'"])
+            db.execute("insert into search values (2, 'a b')")
+        said = await running.said("key.parked")
+        assert (said["kind"], said["keys"]) == ("row", 1)
+        db.execute("update search set words = 'd' where id = 3")
+        await eventually(lambda: mirrored.descriptions(user), ["'a'", "'d'"])
+        assert db.execute("select key, class from cdc.parked_key") == [("2", "row")]
+        await running.stop()
+        assert "mirror.broken" not in running.log.events
+
+
+LOUD = {
+    "a schema": ("language sql return upper($1)", "alter schema {} rename to {}", 'schema "lib" does not exist'),
+    "a table of a function": (
+        "language plpgsql stable as $$ begin return (select upper($1) from lib.one); end $$",
+        "alter table lib.{} rename to {}",
+        'relation "lib.one" does not exist',
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LOUD)
+async def test_what_is_gone_for_all_rows_breaks_the_mirror_until_it_is_back(  # noqa: PLR0917  # fixtures
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str, what: str
+) -> None:
+    body, rename, cause = LOUD[what]
+    name = "lib" if what == "a schema" else "one"
+    db.execute("create schema lib; create table lib.one (); insert into lib.one default values")
+    db.execute(f"create function lib.loud(text) returns text {body}")
+    query = mirrors[0].query.replace("coalesce(note, 'Checked in')", "lib.loud(note)")
+    loud = mirrors[0].model_copy(update={"query": query})
+    await asyncio.to_thread(db.migrate, [loud])
+    async with work([loud]) as running:
+        await running.said("backfill.done")
+        await asyncio.to_thread(db.execute, rename.format(name, "gone"))
+        # A key without a row can be read, and says nothing of the query.
+        with db.connection.transaction():
+            check_in(db, user, "0", "deleted")
+            check_in(db, user, "1", "hello")
+            db.execute("""delete from "CheckIn" where id = %s""", f"{user}-0")
+        assert (await running.said("mirror.broken"))["cause"] == cause
+        await asyncio.to_thread(db.execute, rename.format("gone", name))
+        await eventually(lambda: mirrored.descriptions(user), ["HELLO"])
+
+
 @pytest.mark.parametrize("what", UNFIT)
 async def test_a_row_that_is_no_document_is_parked_alone(
     db: Database, work: Work, mirrored: Mirrored, user: str, what: str
