@@ -259,7 +259,10 @@ def _reading(maker: EventMaker, key: str, row: Row | None) -> Event | int:
     if row is None:
         return maker.unfit(key, "the query yields several rows for this key")
     _, size, problem, event, _ = row
-    return size if event is None and problem is None else maker.put(row)
+    if event is not None or problem is not None:
+        return maker.put(row)
+    # What safe JSON leaves out of a text (spaces, escapes) makes no document of one that is larger than all of a page.
+    return size if size <= _PAGE_BYTES else maker.too_large(key, size)
 
 
 def _all(state: MirrorState, keys: Sequence[str], problem: Problem) -> _Found:
