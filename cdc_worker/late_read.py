@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import psycopg
 import structlog
 
-from cdc_worker.database import Connection, Database, fetch, first_lines, is_gone
+from cdc_worker.database import Connection, Database, cause, fetch, is_gone
 from cdc_worker.documents import Event, EventMaker, Problem, Row
 from cdc_worker.errors import SchemaError
 from cdc_worker.keys import join_key, key_arrays
@@ -140,7 +140,7 @@ class LateReader:
             if is_gone(error) or (isinstance(error, psycopg.errors.QueryCanceled) and len(keys) > 1):
                 raise
             if await is_of_the_query(error, connection, state.plan, keys):
-                state.plan, state.broken = None, first_lines(error)
+                state.plan, state.broken = None, cause(error)
                 log.error(
                     "mirror.broken",
                     mirror=state.name,
