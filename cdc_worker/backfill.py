@@ -13,6 +13,7 @@ from cdc_worker.database import Connection, Database, fetch
 from cdc_worker.keys import join_key, key_parts
 from cdc_worker.migrate import RESCAN
 from cdc_worker.outbox import mark
+from cdc_worker.parking import mark_parked
 from cdc_worker.plan import Plan
 
 PAGE_KEYS = 1_000
@@ -36,8 +37,6 @@ set phase = $2, after = $3, marked = marked + $4, again = $5,
     finished_at = case when $2 = 'done' then clock_timestamp() end
 where mirror = $1
 """
-# What is parked may have neither a row nor a document any more: only so does it come to be settled.
-_PARKED = "select key from cdc.parked_key where mirror = $1"
 _CONFIGURED = "select id from cdc.mirror where configured"
 _STATE = "select phase, marked, again from cdc.backfill where mirror = $1"
 
@@ -122,7 +121,8 @@ async def step(database: Database, plans: dict[int, Plan], list_documents: ListD
             keys, following = await _next_rows(connection, plan, after), "documents" if with_documents else "done"
         await mark(connection, mirror_id, keys)
         if phase == "rows" and len(keys) < PAGE_KEYS:
-            await mark(connection, mirror_id, [key for (key,) in await fetch(connection, _PARKED, mirror_id)])
+            # What is parked may have neither a row nor a document any more: only so does it come to be settled.
+            await mark_parked(connection, mirror_id)
         # Documents are listed by a query that may give fewer than asked for: only an empty page is the end.
         finished = len(keys) < PAGE_KEYS if phase == "rows" else not keys
         upcoming = phase if not finished else "rows" if following == "done" and again else following

@@ -33,11 +33,15 @@ select c.oid, c.relkind, n.nspname, c.relname
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
 where c.oid = to_regclass($1)
 """
-# A domain counts as the type that it is made of, as in a query's own columns.
+# A domain counts as the type that it is made of in the end, as in a query's own columns.
 _COLUMNS = """
-select a.attname, coalesce(nullif(t.typbasetype, 0), t.oid)::int8, a.attgenerated = 'v'
-from pg_attribute a join pg_type t on t.oid = a.atttypid where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped
-order by a.attnum
+select a.attname, (
+    with recursive made_of (oid, base) as (
+        select oid, typbasetype from pg_type where oid = a.atttypid
+        union all select t.oid, t.typbasetype from made_of join pg_type t on t.oid = made_of.base
+    ) select oid::int8 from made_of where base = 0
+), a.attgenerated = 'v'
+from pg_attribute a where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped order by a.attnum
 """
 _UNCAPTURED = """
 with recursive family (oid) as (

@@ -252,11 +252,14 @@ def first_lines(error: psycopg.Error) -> str:
 
 # Classes of errors that are about statements, rights and resources. Of others the message can quote a value: data that
 # cannot be cast, a constraint, what a function raises.
-_QUOTES_NOTHING = ("08", "0A", "25", "28", "40", "42", "53", "54", "55", "57", "58")
+_QUOTES_NOTHING = ("08", "0A", "25", "28", "3F", "40", "42", "53", "54", "55", "57", "58")
 
 
 def cause(error: psycopg.Error) -> str:
     """What Postgres says of a statement that has seen rows, as far as that may stand in a log."""
-    if (error.sqlstate or "").startswith(_QUOTES_NOTHING):
+    code = error.sqlstate or ""
+    # A name or a syntax that stands at no place of a statement is a row's own text, read as a tsquery or a regclass.
+    in_a_statement = error.diag.statement_position or error.diag.internal_position or code == "42501"
+    if code.startswith(_QUOTES_NOTHING) and (in_a_statement or not code.startswith("42")):
         return first_lines(error)
     return f"{type(error).__name__} ({error.sqlstate})"

@@ -63,7 +63,7 @@ class EventMaker:
             # The document is the event's last field, and has others before this one.
             text = b'%b,"metadata":%b}}' % (text[:-2], metadata)
         if len(text) > LARGEST_DOCUMENT:
-            return self.unfit(key, f"the document has {len(text)} bytes, Convex holds {LARGEST_DOCUMENT}")
+            return self.too_large(key, len(text))
         return Event(self._mirror_id, key, text)
 
     def delete(self, key: str) -> Event:
@@ -71,6 +71,10 @@ class EventMaker:
         mirror = self._plan.mirror
         rest = _ENCODER.encode({"key": f"{mirror.name}:{key}", "target": mirror.target, "document": None})
         return Event(self._mirror_id, key, self._head + rest[1:].encode())
+
+    def too_large(self, key: str, size: int) -> Event:
+        """What is said of a key whose document has `size` bytes."""
+        return self.unfit(key, f"the document has {size} bytes, Convex holds {LARGEST_DOCUMENT}")
 
     def unfit(self, key: str, reason: str) -> Event:
         """What is said of a key whose row can be no document."""

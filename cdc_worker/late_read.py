@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import psycopg
 import structlog
 
-from cdc_worker.database import Connection, Database, fetch, first_lines, is_gone
+from cdc_worker.database import Connection, Database, cause, fetch, is_gone
 from cdc_worker.documents import Event, EventMaker, Problem, Row
 from cdc_worker.errors import SchemaError
 from cdc_worker.keys import join_key, key_arrays
@@ -140,7 +140,7 @@ class LateReader:
             if is_gone(error) or (isinstance(error, psycopg.errors.QueryCanceled) and len(keys) > 1):
                 raise
             if await is_of_the_query(error, connection, state.plan, keys):
-                state.plan, state.broken = None, first_lines(error)
+                state.plan, state.broken = None, cause(error)
                 log.error(
                     "mirror.broken",
                     mirror=state.name,
@@ -259,7 +259,10 @@ def _reading(maker: EventMaker, key: str, row: Row | None) -> Event | int:
     if row is None:
         return maker.unfit(key, "the query yields several rows for this key")
     _, size, problem, event, _ = row
-    return size if event is None and problem is None else maker.put(row)
+    if event is not None or problem is not None:
+        return maker.put(row)
+    # What safe JSON leaves out of a text (spaces, escapes) makes no document of one that is larger than all of a page.
+    return size if size <= _PAGE_BYTES else maker.too_large(key, size)
 
 
 def _all(state: MirrorState, keys: Sequence[str], problem: Problem) -> _Found:

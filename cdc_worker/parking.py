@@ -7,7 +7,7 @@ from datetime import datetime
 
 import structlog
 
-from cdc_worker.database import Database
+from cdc_worker.database import Connection, Database
 from cdc_worker.documents import Problem
 from cdc_worker.errors import ConfigError, Fenced
 from cdc_worker.outbox import Shard, ring
@@ -31,10 +31,13 @@ delete from cdc.parked_key p using held cross join unnest($3::int2[], $4::text[]
 where p.mirror = m and cdc.digest(p.key) = cdc.digest(k) and p.key = k returning 1
 """
 _COUNT = "select count(*) from cdc.parked_key"
+# There may be a million: they stay in Postgres. As many keys in a row as capture writes (capture.py).
 _RETRY = """
-insert into cdc.outbox (slot, mirror, key)
-select cdc.written(), mirror, key
-from cdc.parked_key where mirror = $1 and class = 'mirror'
+insert into cdc.outbox (slot, mirror, keys)
+select cdc.written(), $1, array_agg(key)
+from (select key, row_number() over () - 1 as place from cdc.parked_key
+      where mirror = $1 and $2 in ('', class)) as parked
+group by place / 64
 returning 1
 """
 _ONE = "select key from cdc.parked_key where mirror = $1 and class = 'mirror' limit 1"
@@ -123,8 +126,13 @@ class Parking:
 
     async def retry_mirror(self, mirror_id: int) -> None:
         """The mirror's query runs again: its keys are read anew."""
-        if await self._database.execute(_RETRY, mirror_id):
+        if await self._database.execute(_RETRY, mirror_id, "mirror"):
             await ring(self._database)  # the reader may be asleep
+
+
+async def mark_parked(connection: Connection, mirror_id: int) -> None:
+    """Marks all parked keys of a mirror dirty, whatever is held against them."""
+    await connection.execute(_RETRY, (mirror_id, ""))
 
 
 @dataclass(frozen=True)

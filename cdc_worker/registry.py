@@ -6,7 +6,7 @@ import psycopg
 import structlog
 
 from cdc_worker.catalog import check
-from cdc_worker.database import Connection, Database, first_lines, is_gone
+from cdc_worker.database import Connection, Database, cause, first_lines, is_gone
 from cdc_worker.errors import ConfigError, SchemaError
 from cdc_worker.late_read import MirrorState, is_of_the_query, try_key
 from cdc_worker.locks import LOCKED
@@ -74,12 +74,12 @@ class Registry:
                     await self._try_key(connection, state, plan)
         except (ConfigError, *LOCKED) as error:
             # Whatever is locked may stay so for hours, and other mirrors have nothing to do with it.
-            cause = first_lines(error) if isinstance(error, psycopg.Error) else str(error)
+            said = first_lines(error) if isinstance(error, psycopg.Error) else str(error)
             if not state.broken:
                 log.error(
-                    "mirror.broken", mirror=mirror.name, cause=cause, cure="its keys are parked until it is mended"
+                    "mirror.broken", mirror=mirror.name, cause=said, cure="its keys are parked until it is mended"
                 )
-            state.broken = cause
+            state.broken = said
             return
         was_broken = bool(state.broken)
         state.plan, state.broken = plan, ""
@@ -99,4 +99,4 @@ class Registry:
             if is_gone(error):
                 raise
             if await is_of_the_query(error, connection, plan, [key]):
-                raise ConfigError(first_lines(error)) from None
+                raise ConfigError(cause(error)) from None

@@ -100,6 +100,23 @@ def test_a_backlog_needs_no_more_memory_than_stated(
         assert peak < backlog.most_megabytes
 
 
+# Fifty times of what Convex holds.
+TOO_LARGE = """insert into "CheckIn" values ('1', 'u', repeat('x', 50000000), null, now())"""
+
+
+def test_rows_that_are_far_too_large_are_parked_unread(
+    database: str, fresh_convex: convex.LocalConvex, mirror: Mirror, tmp_path: Path
+) -> None:
+    env = environment(database, fresh_convex, tmp_path / "cdc_worker.toml", CDC_STATEMENT_SECONDS=30)
+    with Database(database, TABLES, [mirror]) as db, child(tmp_path, env, mirrors=[mirror]) as worker:
+        worker.said("backfill.done")
+        idle = peak_megabytes(worker)
+        db.execute(TOO_LARGE)
+        count = "select count(*) from cdc.parked_key where class = 'row' and reason like '%Convex holds 1048576'"
+        asyncio.run(eventually(lambda: db.one(count), 1, seconds=SECONDS))
+        assert peak_megabytes(worker) - idle < 10
+
+
 # As many keys as the lanes take, and a page; and then so many times more, of which each would need so much if it were
 # kept.
 FIRST_ROWS = 12_000

@@ -6,6 +6,7 @@ import pytest
 
 from cdc_worker.database import Database as Pool
 from cdc_worker.outbox import Page, Position, Shard, backlog, mark, read_page
+from cdc_worker.parking import Parking, mark_parked
 from tests.integration.application import Database
 
 # What a transaction wrote: its id, the row's id, and the keys; in the order in which it is to be read.
@@ -120,3 +121,18 @@ async def test_what_is_marked_is_rows_of_many_keys(db: Database) -> None:
         await mark(connection, 1, marked)
     assert db.one("select count(*) from cdc.outbox") == 16
     assert db.one("select max(cardinality(keys)) from cdc.outbox") == 64
+
+
+async def test_parked_keys_are_marked_without_a_look_at_them(db: Database) -> None:
+    """A mirror that was broken during a first fill may have a million."""
+    db.execute("truncate cdc.outbox")
+    db.execute("insert into cdc.parked_key (mirror, key, class, reason) values (1, 'unfit', 'row', '')")
+    db.execute("insert into cdc.parked_key select 1, n::text, 'mirror', '' from generate_series(1, 1000) as n")
+    marked = "select count(*), sum(cardinality(keys)), max(cardinality(keys)) from cdc.outbox"
+    async with Pool(db.dsn, statement_seconds=5) as pool:
+        await Parking(pool, WHOLE, 0).retry_mirror(1)
+        assert db.execute(marked) == [(16, 1_000, 64)]
+        db.execute("truncate cdc.outbox")
+        async with pool.transaction() as connection:
+            await mark_parked(connection, 1)
+    assert db.execute(marked) == [(16, 1_001, 64)]

@@ -640,6 +640,23 @@ async def test_a_row_whose_text_a_type_cannot_read_is_parked_alone(
         assert "mirror.broken" not in running.log.events
 
 
+async def test_a_text_that_no_type_can_read_is_not_quoted(db: Database, work: Work) -> None:
+    """Also if it is of the only row there is, so that nothing tells it from a query that is wrong."""
+    columns = "id, 'u' as user_id, 'alert' as type, words::tsquery::text as description, now() as timestamp"
+    searches = rows_of("search").model_copy(update={"query": f"select {columns} from search"})
+    db.execute("create table search (id int primary key, words text)")
+    await asyncio.to_thread(db.migrate, [searches])
+    async with work([searches]) as running:
+        db.execute("insert into search values (1, 'very secret')")
+        await running.said("mirror.broken")
+        await running.said("key.parked")
+        # It is looked at whether it can be read again.
+        await running.said("worker.heartbeat")
+        assert "secret" not in f"{running.log.lines} {db.execute('select reason from cdc.parked_key')}"
+        db.execute("update search set words = 'fine' where id = 1")
+        await running.said("key.settled")
+
+
 LOUD = {
     "a schema": ("language sql return upper($1)", "alter schema {} rename to {}", 'schema "lib" does not exist'),
     "a table of a function": (
