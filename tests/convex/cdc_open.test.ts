@@ -10,16 +10,29 @@ function open(t: Deployment, { shard = "a", shards = 2, reader = `r${++readers}`
 
 test("a deployment takes its identity from its first reader, and keeps it", async () => {
   const t = newDeployment();
-  expect(await open(t, { reader: "d1" })).toMatchObject({ deployment: "d1" });
-  expect(await open(t, { reader: "d2", shard: "b" })).toMatchObject({ deployment: "d1" });
+  const { deployment } = await open(t, { reader: "d1" });
+  expect(deployment).toMatch(/^d1@\d+$/);
+  expect(await open(t, { reader: "d2", shard: "b" })).toMatchObject({ deployment });
+});
+
+test("a call that comes late to a deployment that was emptied gives it another identity", async () => {
+  const t = newDeployment();
+  const { deployment } = await open(t, { reader: "d1" });
+  await t.run(async (ctx) => {
+    for (const table of ["cdcCounter", "cdcShards"] as const) {
+      for (const { _id } of await ctx.db.query(table).collect()) await ctx.db.delete(table, _id);
+    }
+  });
+  await new Promise((resolve) => setTimeout(resolve, 5));
+  expect((await open(t, { reader: "d1" })).deployment).not.toBe(deployment);
 });
 
 test("the epoch rises across all shards, from 1", async () => {
   const t = newDeployment();
-  expect(await open(t, { shard: "a", reader: "d1" })).toMatchObject({ epoch: 1 });
+  expect(await open(t, { shard: "a" })).toMatchObject({ epoch: 1 });
   expect(await open(t, { shard: "b" })).toMatchObject({ epoch: 2 });
   expect(await open(t, { shard: "a" })).toMatchObject({ epoch: 3 });
-  expect(await theOnly(t, "cdcCounter")).toMatchObject({ deployment: "d1", epoch: 3 });
+  expect(await theOnly(t, "cdcCounter")).toMatchObject({ epoch: 3 });
 });
 
 test("the epoch is above atLeast, and stays above it for all shards", async () => {
