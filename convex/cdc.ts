@@ -47,8 +47,10 @@ type Verdict = Infer<typeof verdict>;
  * Opens a shard for a reader: hands out the epoch that alone may write to the shard from now on.
  *
  * A repeated call takes the next epoch, and says the same of what was before; a late one fences the reader, who opens
- * again. `reader` is fresh for each reader; a deployment that has no identity yet takes the first
- * one's for its own, and the time: a late call that finds it emptied must not give it the same one again.
+ * again. `reader` is fresh for each reader; a deployment that has no identity yet takes the first one's for its own.
+ *
+ * Both have the time in them: a late call must not give out again what was given out before the deployment was emptied or
+ * set back.
  *
  * When the number of shards has changed, all that there were are shut: a key may be in another one now, and a late
  * request of its old one must not come after the new one's.
@@ -67,7 +69,7 @@ export const open = internalMutation({
     requireIntegerWithin("atLeast", atLeast, 0, Number.MAX_SAFE_INTEGER - 1);
     requireIntegerWithin("shards", shards, 1, MOST_SHARDS);
     const counter = await ctx.db.query("cdcCounter").unique();
-    const epoch = Math.max(counter?.epoch ?? 0, atLeast) + 1;
+    const epoch = Math.max(counter?.epoch ?? 0, atLeast, Date.now()) + 1;
     const deployment = counter?.deployment ?? `${reader}@${Date.now()}`;
     if (counter === null) await ctx.db.insert("cdcCounter", { deployment, epoch, shards });
     else await ctx.db.patch("cdcCounter", counter._id, { epoch, shards });

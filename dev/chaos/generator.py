@@ -329,14 +329,16 @@ class _Maker:
         return [*steps, self._put(note, "x"), Commit(0), Settle()] if self._chance.random() < 0.5 else steps
 
     def _unknown_epoch(self) -> list[Step]:
-        """Convex gives the shard another epoch, and nobody tells the worker."""
+        """Convex gives the shard another epoch, and nobody tells the worker; it may have been emptied just before."""
         note = self._one(_NOTES)
+        emptied: list[Step] = [Convex("empty")] if self._chance.random() < 0.3 else []
         return [
             self._put(note, "x"),
             Commit(0),
             Settle(),
+            *emptied,
             Reopen(),
-            Do(0, "edit_note", ("y", note)),
+            self._put(self._one(_NOTES), "y"),
             Commit(0),
             Reach(),
         ]

@@ -10,6 +10,7 @@ from typing import Final
 from dev.chaos.schedule import (
     Awake,
     Commit,
+    Convex,
     Do,
     Kill,
     Link,
@@ -120,6 +121,18 @@ _UNKNOWN_EPOCH: Final[Schedule] = (
     Commit(0),
     Reach(),
 )
+# A deployment is emptied, and the first that it hears is the reader's own `cdc:open` of long ago: what it lacks is missed
+# only by a reader who learns that it is another one.
+_EMPTIED: Final[Schedule] = (
+    Do(0, "put_note", _NOTE),
+    Commit(0),
+    Settle(),
+    Convex("empty"),
+    Reopen(),
+    Do(0, "put_note", _OTHER),
+    Commit(0),
+    Reach(),
+)
 # A transaction of which only a part remains, and a worker that sleeps through another's work.
 _SLEEPER: Final[Schedule] = (
     Link("ghost"),
@@ -149,6 +162,7 @@ WRITTEN: Final[Mapping[str, Schedule]] = MappingProxyType(
         "unfit": _UNFIT,
         "newer behind": _NEWER_BEHIND,
         "unknown epoch": _UNKNOWN_EPOCH,
+        "emptied": _EMPTIED,
         "sleeper": _SLEEPER,
     }
 )
