@@ -23,7 +23,7 @@ select m, k, c, r from held cross join unnest($3::int2[], $4::text[], $5::text[]
 on conflict (mirror, cdc.digest(key)) do update set
     class = excluded.class, reason = excluded.reason,
     attempts = cdc.parked_key.attempts + 1, last_at = clock_timestamp()
-returning 1
+returning xmax = 0  -- it was not there before
 """
 _SETTLE = """
 with held as (select from cdc.checkpoint where shard = $1 and token = $2 for share)
@@ -32,33 +32,31 @@ where p.mirror = m and cdc.digest(p.key) = cdc.digest(k) and p.key = k returning
 """
 _COUNT = "select count(*) from cdc.parked_key"
 # There may be a million: they stay in Postgres. As many keys in a row as capture writes (capture.py).
-_RETRY = """
-insert into cdc.outbox (slot, mirror, keys)
-select cdc.written(), $1, array_agg(key)
-from (select key, row_number() over () - 1 as place from cdc.parked_key
-      where mirror = $1 and $2 in ('', class)) as parked
-group by place / 64
-returning 1
+_MARK = """
+with wanted as (
+    select mirror, key from cdc.parked_key
+    where ($1::int2 is null or mirror = $1) and ($2::text is null or class = $2) and ($3::text is null or key = $3)
+), marked as (
+    insert into cdc.outbox (slot, mirror, keys)
+    select cdc.written(), mirror, array_agg(key)
+    from (select *, row_number() over (partition by mirror) - 1 as place from wanted) as numbered
+    group by mirror, place / 64
+)
+select count(*) from wanted
 """
 _ONE = "select key from cdc.parked_key where mirror = $1 and class = 'mirror' limit 1"
 
 _LIST = """
 select m.name, p.key, p.class, p.reason, p.attempts, p.first_at, p.last_at
 from cdc.parked_key p join cdc.mirror m on m.id = p.mirror
-where $1::text is null or m.name = $1 order by m.name, p.last_at desc, p.key limit $2
+where $1::int2 is null or m.id = $1 order by m.name, p.last_at desc, p.key limit $2
 """
-_MARK_AGAIN = """
-insert into cdc.outbox (slot, mirror, key)
-select cdc.written(), p.mirror, p.key
-from cdc.parked_key p join cdc.mirror m on m.id = p.mirror
-where ($1::text is null or m.name = $1) and ($2::text is null or p.key = $2)
-returning 1
-"""
-_NAMES = "select name from cdc.mirror order by name"
+_NAMES = "select name, id from cdc.mirror order by name"
 _DROP = """
-delete from cdc.parked_key p using cdc.mirror m
-where m.id = p.mirror and ($1::text is null or m.name = $1) and ($2::text is null or p.key = $2)
-returning 1
+with gone as (
+    delete from cdc.parked_key where ($1::int2 is null or mirror = $1) and ($2::text is null or key = $2) returning 1
+)
+select count(*) from gone
 """
 
 # Of one batch.
@@ -92,9 +90,10 @@ class Parking:
         keys = [key for _, key in reasons]
         classes = [kind for kind, _ in reasons.values()]
         texts = [reason.replace("\x00", "") for _, reason in reasons.values()]
-        if not await self._database.execute(_PARK, *self._lease, mirrors, keys, classes, texts):
+        parked = await self._database.execute(_PARK, *self._lease, mirrors, keys, classes, texts)
+        if not parked:
             raise Fenced(f"shard {self._shard} has another reader now")
-        await self.load()
+        self.count += sum(new for (new,) in parked)
         each = Counter(reasons.values()).most_common()
         for (kind, reason), keys_hit in each[:_REASONS_SAID]:
             log.error("key.parked", kind=kind, reason=reason, keys=keys_hit, parked_keys=self.count)
@@ -126,13 +125,14 @@ class Parking:
 
     async def retry_mirror(self, mirror_id: int) -> None:
         """The mirror's query runs again: its keys are read anew."""
-        if await self._database.execute(_RETRY, mirror_id, "mirror"):
+        ((keys,),) = await self._database.execute(_MARK, mirror_id, "mirror", None)
+        if keys:
             await ring(self._database)  # the reader may be asleep
 
 
 async def mark_parked(connection: Connection, mirror_id: int) -> None:
     """Marks all parked keys of a mirror dirty, whatever is held against them."""
-    await connection.execute(_RETRY, (mirror_id, ""))
+    await connection.execute(_MARK, (mirror_id, None, None))
 
 
 @dataclass(frozen=True)
@@ -148,26 +148,28 @@ class ParkedKey:
 
 async def list_parked(database: Database, mirror: str | None, limit: int) -> list[ParkedKey]:
     """The latest parked keys of a mirror, or of all."""
-    await _require(database, mirror)
-    return [ParkedKey(*row) for row in await database.execute(_LIST, mirror, limit)]
+    rows = await database.execute(_LIST, await _id_of(database, mirror), limit)
+    return [ParkedKey(*row) for row in rows]
 
 
 async def retry_parked(database: Database, mirror: str | None, key: str | None) -> int:
     """Marks parked keys dirty: they are read and delivered anew, and settled if that goes well. How many they are."""
-    await _require(database, mirror)
-    marked = await database.execute(_MARK_AGAIN, mirror, key)
+    ((marked,),) = await database.execute(_MARK, await _id_of(database, mirror), None, key)
     await ring(database)
-    return len(marked)
+    return int(marked)
 
 
 async def drop_parked(database: Database, mirror: str | None, key: str | None) -> int:
     """Forgets what is held against these keys; the next change of a row is delivered as ever. How many they are."""
-    await _require(database, mirror)
-    return len(await database.execute(_DROP, mirror, key))
+    ((dropped,),) = await database.execute(_DROP, await _id_of(database, mirror), key)
+    return int(dropped)
 
 
-async def _require(database: Database, mirror: str | None) -> None:
+async def _id_of(database: Database, mirror: str | None) -> int | None:
     """Raises ConfigError for a mirror that this database never had."""
-    names = [name for (name,) in await database.execute(_NAMES)]
-    if mirror is not None and mirror not in names:
-        raise ConfigError(f'there is no mirror "{mirror}" (there are: {", ".join(names)})')
+    ids: dict[str, int] = dict(await database.execute(_NAMES))
+    if mirror is None:
+        return None
+    if mirror not in ids:
+        raise ConfigError(f'there is no mirror "{mirror}" (there are: {", ".join(ids)})')
+    return ids[mirror]

@@ -121,8 +121,8 @@ _UNKNOWN_EPOCH: Final[Schedule] = (
     Commit(0),
     Reach(),
 )
-# A deployment is emptied, and the first that it hears is the reader's own `cdc:open` of long ago: what it lacks is missed
-# only by a reader who learns that it is another one.
+# A deployment is emptied, and the first that it hears is the reader's own `cdc:open` of long ago: what it lacks is sent
+# by a reader only who learns that it is another one.
 _EMPTIED: Final[Schedule] = (
     Do(0, "put_note", _NOTE),
     Commit(0),
