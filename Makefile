@@ -15,6 +15,8 @@ NODE_DONE := dev/node_modules/.node-done
 # Errors only: a second --quiet also hides warnings, which are about the machine's settings of pip.
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 NPM := npm --prefix dev --no-update-notifier
+# Tests of real servers wait more than they compute. ARGS="-n 0" has them one by one, as a debugger needs it.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -38,7 +40,7 @@ demo: setup ## a small application, Postgres and Convex on this machine; ends on
 
 test: check test-ts ## everything that continuous integration checks, both languages
 	@echo '== pytest'
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check: setup ## lint, format and types, without running anything
 	@echo '== ruff'
@@ -55,7 +57,7 @@ unit: setup ## only the Python tests that need no server
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
 
 integration: setup ## only the Python tests with a real Postgres and real Convex functions
-	@$(BIN)/python -m pytest tests/integration $(ARGS)
+	@$(PYTEST) tests/integration $(ARGS)
 
 test-ts: setup ## only the tests of the Convex functions and of the local Convex
 	@echo '== vitest'
