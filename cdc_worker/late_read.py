@@ -13,7 +13,7 @@ import structlog
 from cdc_worker.database import Connection, Database, cause, fetch, is_gone
 from cdc_worker.documents import Event, EventMaker, Problem, Row
 from cdc_worker.errors import SchemaError
-from cdc_worker.keys import join_key, key_arrays
+from cdc_worker.keys import join_key, key_arrays, key_parts
 from cdc_worker.outbox import LogRow, Page, Position, Shard, read_page
 from cdc_worker.plan import Plan
 
@@ -252,6 +252,11 @@ async def _query(connection: Connection, plan: Plan, maker: EventMaker, keys: Se
         for row in await cursor.fetchall():
             rows[row[0]] = row if row[0] not in rows else None
     # A collation may find spellings of a key that nobody asked for: they have log rows of their own.
+    for key in rows.keys() - keys:
+        if key_parts(key, plan.key_types) is None:
+            raise SchemaError(
+                f'the key of mirror "{plan.mirror.name}" has another type than it had: docs/mirrors.md, Keys'
+            )
     return {key: _reading(maker, key, rows[key]) if key in rows else maker.delete(key) for key in keys}
 
 
