@@ -908,6 +908,22 @@ async def test_a_rescan_that_fails_holds_up_no_other_and_quotes_no_row(
         assert "s3cret" not in str(running.log.lines)
 
 
+async def test_a_database_that_refuses_ddl_keeps_the_log_from_turning_and_nothing_else(
+    postgres_server: postgres.Server, db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    check_in(db, user, "1", "from before")
+    db.execute("update cdc.rotation set rotated_at = now() - interval '1 day'")
+    with postgres_server.admin(db.dsn.rpartition("/")[2]) as superuser:
+        superuser.execute(
+            "create function refuse() returns event_trigger language plpgsql as $$ begin raise 'not here'; end $$;"
+            " create event trigger refuse on ddl_command_start execute function refuse()"
+        )
+    async with work() as running:
+        assert (await running.said("care.failed"))["cause"] == "turning the log: RaiseException (P0001)"
+        await running.said("backfill.done", times=2)
+        await eventually(lambda: mirrored.descriptions(user), ["from before"])
+
+
 async def test_a_column_that_is_gone_is_not_said_with_each_write(db: Database, work: Work, mirrored: Mirrored) -> None:
     mirror = rows_of("t", name=f"gone-{uuid.uuid4().hex[:8]}", watch=("note",))
     db.execute("create table t (id text, note text)")
