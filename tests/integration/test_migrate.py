@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from structlog.testing import capture_logs
 
 from cdc_worker import locks
 from cdc_worker import migrate as migrating
@@ -112,6 +113,17 @@ def test_a_migration_that_fails_leaves_nothing(db: Database, monkeypatch: pytest
     with pytest.raises(psycopg.errors.DivisionByZero):
         db.migrate([])
     assert nothing_was_made(db)
+
+
+def test_a_publication_that_has_got_new_tables_is_named(postgres_server: postgres.Server, db: Database) -> None:
+    with postgres_server.admin(db.dsn.rsplit("/", 1)[1]) as superuser:
+        superuser.execute("create publication everything for all tables; create publication another")
+    with capture_logs() as first:
+        db.migrate([])
+    with capture_logs() as second:
+        db.migrate([])
+    said = [line["publications"] for line in (*first, *second) if line["event"] == "migrate.published"]
+    assert said == [["everything"]]
 
 
 def test_triggers_follow_the_config(db: Database) -> None:
