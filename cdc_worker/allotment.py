@@ -15,26 +15,29 @@ from cdc_worker.errors import READ_ONLY, SchemaError
 from cdc_worker.outbox import Position, Shard
 
 # One statement, so that an idle worker costs next to nothing: it shows that this worker lives ($2: for how many
-# seconds), renews what it holds ($3, $4) when a third of the time is over, and says how things stand. $1 is its name,
-# which no other process ever has; $5 how many shards it knows of.
+# seconds), renews what it holds ($3, $4) when a third of the time is over, or the clock was set back, and says how
+# things stand. $1 is its name, which no other process ever has; $5 how many shards it knows of.
 _LOOK = """
 with seen as (
     insert into cdc.worker (name, shards, expires_at)
     values ($1, $5, clock_timestamp() + $2::float8 * interval '1 second')
     on conflict (name) do update set expires_at = excluded.expires_at
-    where cdc.worker.expires_at < clock_timestamp() + $2::float8 * interval '0.7 second'
+    where cdc.worker.expires_at not between clock_timestamp() + $2::float8 * interval '0.7 second'
+                                        and clock_timestamp() + $2::float8 * interval '1 second'
 ), forgotten as (
-    delete from cdc.worker where expires_at < clock_timestamp() - interval '1 hour' and name <> $1
+    delete from cdc.worker where name <> $1
+        and expires_at not between clock_timestamp() - interval '1 hour' and clock_timestamp() + interval '1 hour'
 ), renewed as (
     update cdc.checkpoint as c set expires_at = clock_timestamp() + $2::float8 * interval '1 second'
     from unnest($3::text[], $4::int8[]) as mine (shard, token)
     where c.shard = mine.shard and c.token = mine.token
-      and c.expires_at < clock_timestamp() + $2::float8 * interval '0.7 second'
+      and c.expires_at not between clock_timestamp() + $2::float8 * interval '0.7 second'
+                               and clock_timestamp() + $2::float8 * interval '1 second'
 )
 select c.shard::int, c.token, c.holder, c.holder = $1 or cdc.is_free(c.holder, c.expires_at, c.holder_pid),
        greatest(extract(epoch from c.expires_at - clock_timestamp()), 0)::float8,
        array(select w.name from cdc.worker w
-             where w.expires_at > clock_timestamp() and w.shards = $5 and not exists (
+             where not cdc.is_over(w.expires_at) and w.shards = $5 and not exists (
                  select from cdc.checkpoint c where c.holder = w.name and cdc.is_dead(c.holder_pid)))
 from cdc.checkpoint c order by c.shard::int
 """

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import psycopg
 import structlog
@@ -101,10 +101,11 @@ class Care:
         while True:
             # Before the round: what is asked for while it runs is for the next one.
             self._soon.clear()
-            try:
-                await self._round(reader)
-            except psycopg.Error as error:
-                self._note_failure(error, "")
+            for duty in self._duties(reader):
+                try:
+                    await duty()
+                except psycopg.Error as error:
+                    self._note_failure(error, "")
             await self._rest()
 
     def _note_failure(self, error: psycopg.Error, what: str) -> None:
@@ -127,21 +128,30 @@ class Care:
                 return None
         return None
 
-    async def _round(self, reader: Reader) -> None:
-        # What all shards have in common is the first one's.
-        if self._shard.number == 0:
+    def _duties(self, reader: Reader) -> Sequence[Callable[[], Awaitable[object]]]:
+        """In their order. One that fails, a rotation in a database that refuses DDL, keeps none of the others."""
+        common = self._shard.number == 0  # what all shards have in common is the first one's
+        return (
+            *((self._rotate, self._look_at_triggers) if common else ()),
+            self._registry.mend,
+            *((self._look_at_tables,) if common else ()),
+            self._note_saves,
+            lambda: self._rescan(reader),
+        )
+
+    async def _rotate(self) -> None:
+        try:
             await rotate(
                 self._database,
                 retention_hours=self._settings.retention_hours,
                 partition_bytes=self._settings.partition_bytes,
             )
-            await self._look_at_triggers()
-        await self._registry.mend()
-        if self._shard.number == 0:
-            plans = self._registry.plans
-            await look_at_tables(self._database, {number: plan.mirror for number, plan in plans.items()})
-        await self._note_saves()
-        await self._rescan(reader)
+        except psycopg.Error as error:
+            self._note_failure(error, "turning the log: ")
+
+    async def _look_at_tables(self) -> None:
+        plans = self._registry.plans
+        await look_at_tables(self._database, {number: plan.mirror for number, plan in plans.items()})
 
     async def _look_at_triggers(self) -> None:
         """A table that was made anew, or a new partition, has none: said when it is seen, and again when it changes."""

@@ -43,6 +43,13 @@ select a.attname, (
 ), a.attgenerated = 'v'
 from pg_attribute a where a.attrelid = $1 and a.attnum > 0 and not a.attisdropped order by a.attnum
 """
+# With a trigger that looks at rows on the table, Postgres refuses each write that comes to one of these through it.
+_FOREIGN = """
+with recursive family (oid) as (
+    select $1::oid union select i.inhrelid from pg_inherits i join family on i.inhparent = family.oid
+)
+select string_agg(oid::regclass::text, ', ') from family join pg_class c using (oid) where c.relkind = 'f'
+"""
 _UNCAPTURED = """
 with recursive family (oid) as (
     select to_regclass(name)::oid from unnest($1::text[]) as given (name) where to_regclass(name) is not null
@@ -171,6 +178,13 @@ async def _check_source(connection: Connection, mirror: Mirror, source: Source, 
             mirror,
             f"column {', '.join(virtual)} of {source.table} is a virtual generated column, which no trigger can see:"
             " make it `stored`, or name the columns that it is made from",
+        )
+    ((foreign,),) = await fetch(connection, _FOREIGN, oid)
+    if foreign:
+        raise _wrong(
+            mirror,
+            f"{source.table} has foreign tables among its partitions or heirs ({foreign}), and where rows are captured"
+            " Postgres refuses to write to those through it: detach them, or name a table without them",
         )
     for name, wanted in zip(source.key, key_types, strict=True):
         if _KEY_TYPES.get(columns[name]) != wanted:

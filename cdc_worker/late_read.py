@@ -13,7 +13,7 @@ import structlog
 from cdc_worker.database import Connection, Database, cause, fetch, is_gone
 from cdc_worker.documents import Event, EventMaker, Problem, Row
 from cdc_worker.errors import SchemaError
-from cdc_worker.keys import join_key, key_arrays
+from cdc_worker.keys import join_key, key_arrays, key_parts
 from cdc_worker.outbox import LogRow, Page, Position, Shard, read_page
 from cdc_worker.plan import Plan
 
@@ -26,6 +26,16 @@ _PAGE_BYTES = 8 * 1024 * 1024
 _NO_LIMIT = 2_147_483_647
 # A page whose query passed the time limit is read again with one row in so many.
 _SLOW_SHARE = 8
+
+# Whether a table behind the sources ($1) has another file than in this snapshot: to that it is empty now.
+_REWRITTEN = """
+with recursive family (oid) as (
+    select to_regclass(name)::oid from unnest($1::text[]) as source (name)
+    union select i.inhrelid from pg_inherits i join family on i.inhparent = family.oid
+)
+select exists (select from family join pg_class c using (oid)
+               where c.relkind = 'r' and c.relfilenode <> pg_relation_filenode(c.oid))
+"""
 
 
 @dataclass
@@ -55,6 +65,10 @@ class Readings:
 _Found = dict[str, Event | int]
 
 
+class _Rewritten(Exception):
+    """TRUNCATE, or an ALTER TABLE, has taken rows away that this snapshot should see."""
+
+
 class LateReader:
     """Reads pages for one reader. `moved` is told of each statement: a page of many slow mirrors may take its time."""
 
@@ -79,6 +93,8 @@ class LateReader:
         while True:
             try:
                 readings = await self._read_well_or_carefully(position, number)
+            except _Rewritten:
+                continue
             except psycopg.errors.QueryCanceled:
                 if self._page_rows == 1:
                     raise
@@ -252,7 +268,20 @@ async def _query(connection: Connection, plan: Plan, maker: EventMaker, keys: Se
         for row in await cursor.fetchall():
             rows[row[0]] = row if row[0] not in rows else None
     # A collation may find spellings of a key that nobody asked for: they have log rows of their own.
+    for key in rows.keys() - keys:
+        if key_parts(key, plan.key_types) is None:
+            raise SchemaError(
+                f'the key of mirror "{plan.mirror.name}" has another type than it had: docs/mirrors.md, Keys'
+            )
+    gone = [key for key in keys if key not in rows]
+    if gone and await _is_rewritten(connection, plan):
+        raise _Rewritten
     return {key: _reading(maker, key, rows[key]) if key in rows else maker.delete(key) for key in keys}
+
+
+async def _is_rewritten(connection: Connection, plan: Plan) -> bool:
+    ((rewritten,),) = await fetch(connection, _REWRITTEN, [source.table for source in plan.mirror.sources])
+    return bool(rewritten)
 
 
 def _reading(maker: EventMaker, key: str, row: Row | None) -> Event | int:

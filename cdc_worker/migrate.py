@@ -46,6 +46,8 @@ create table if not exists cdc.migration (
 )
 """
 _APPLIED = "select number, name, checksum from cdc.migration order by number"
+# Each holds the schema cdc, too.
+_PUBLICATIONS = "select pubname from pg_publication where puballtables order by pubname"
 _NOTE = "insert into cdc.migration (number, name, checksum) values ($1, $2, $3)"
 _REGISTER = "insert into cdc.mirror (name, definition) values ($1, '') on conflict (name) do nothing"
 _REGISTERED = "select id, name, definition, configured from cdc.mirror"
@@ -181,6 +183,12 @@ async def _apply(connection: Connection) -> None:
         await connection.execute(migration.text)
         await connection.execute(_NOTE, (migration.number, migration.name, migration.checksum))
         log.info("migrate.applied", migration=migration.name)
+    if len(applied) < len(known) and (published := await fetch(connection, _PUBLICATIONS)):
+        log.warning(
+            "migrate.published",
+            publications=[name for (name,) in published],
+            cure="a subscriber stops at a table that it lacks: docs/operating.md, Logical replication",
+        )
 
 
 async def _register(connection: Connection, mirrors: Sequence[Mirror]) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """The tables behind each mirror, as they were: what changes past every trigger is found by comparing.
 
 With a partition that is dropped, detached or attached, rows go and come; with a column that changes its type every
-value may be another one; with one that comes, so does a field of whatever shows whole rows (`to_jsonb(t)`). Then the
-mirror is looked at anew.
+value may be another one; with one that comes, so does a field of whatever shows whole rows (`to_jsonb(t)`). And an
+ALTER TABLE that rewrites a table empties it for older snapshots (Postgres' documentation, "Caveats" of MVCC): a page
+that waited for it has read no rows, and had their documents deleted. Then the mirror is looked at anew.
 """
 
 from collections.abc import Mapping
@@ -18,8 +19,8 @@ from cdc_worker.mirrors import Mirror
 log = structlog.get_logger()
 
 # By mirror, where it is not as noted: whether a table is gone; whether one came that is not empty (partitions are
-# mostly made before there is anything to put into them); whether a column is gone or has another name or type; whether
-# one came.
+# mostly made before there is anything to put into them); whether one has another file; whether a column is gone or has
+# another name or type; whether one came.
 _CHANGED = """
 with recursive source (mirror, oid) as (
     select distinct given.mirror, to_regclass(given.name)::oid
@@ -28,33 +29,37 @@ with recursive source (mirror, oid) as (
     select mirror, oid from source
     union select family.mirror, i.inhrelid from pg_inherits i join family on i.inhparent = family.oid
 ), now_there as (
-    select mirror, coalesce(array_agg(c.oid::int8 order by c.oid) filter (where c.relkind = 'r'), '{}') as tables
+    select mirror, coalesce(array_agg(c.oid::int8 order by c.oid) filter (where c.relkind = 'r'), '{}') as tables,
+           coalesce(array_agg(c.relfilenode::int8 order by c.oid) filter (where c.relkind = 'r'), '{}') as files
     from family join pg_class c on c.oid = family.oid group by mirror
 ), shape as (
     select mirror, array_agg(format('%s.%s %s %s %s', a.attrelid, a.attnum, a.atttypid, a.atttypmod, a.attname)
                              order by a.attrelid, a.attnum) as columns
     from source join pg_attribute a on a.attrelid = source.oid where a.attnum > 0 and not a.attisdropped group by mirror
 )
-select m.id, n.tables, s.columns, not m.tables <@ n.tables,
+select m.id, n.tables, n.files, s.columns, not m.tables <@ n.tables,
        exists (select from unnest(n.tables) as came (oid)
                where came.oid <> all (m.tables) and pg_relation_size(came.oid::oid::regclass) > 0),
+       exists (select from unnest(m.tables, m.files) as was (oid, file)
+               join unnest(n.tables, n.files) as is_now (oid, file) using (oid) where was.file <> is_now.file),
        not m.columns <@ s.columns, not s.columns <@ m.columns
 from cdc.mirror m join now_there n on n.mirror = m.id join shape s on s.mirror = m.id
-where (m.tables, m.columns) is distinct from (n.tables, s.columns)
+where (m.tables, m.files, m.columns) is distinct from (n.tables, n.files, s.columns)
 """
 # The planner writes a whole row as `t.*` or, of a subquery, as `ROW(...)`, views included.
 _EXPLAIN = "explain (verbose, costs off) select * from (\n{}\n) as q"
-_NOTE = "update cdc.mirror set tables = $2::int8[], columns = $3::text[] where id = $1"
+_NOTE = "update cdc.mirror set tables = $2::int8[], files = $3::int8[], columns = $4::text[] where id = $1"
 
 
 async def look_at_tables(database: Database, mirrors: Mapping[int, Mirror]) -> None:
     """Asks for a rescan of each mirror whose rows have changed with their tables."""
     sources = [(number, source.table) for number, mirror in mirrors.items() for source in mirror.sources]
     changed = await database.execute(_CHANGED, [number for number, _ in sources], [table for _, table in sources])
-    for number, tables, columns, gone, came, altered, added in changed:
+    for number, tables, files, columns, gone, came, rewritten, altered, added in changed:
         causes = {
             "a table with rows was dropped or detached": gone,
             "a table with rows was attached": came,
+            "a table was rewritten": rewritten,
             "a column was dropped or renamed, or has another type": altered,
             "a column was added, and the query shows whole rows": added
             and not altered
@@ -69,7 +74,7 @@ async def look_at_tables(database: Database, mirrors: Mapping[int, Mirror]) -> N
             )
             await backfill.request(database, number, with_documents=True, reason="tables changed")
         # Last: who dies before it asks once more.
-        await database.execute(_NOTE, number, tables, columns)
+        await database.execute(_NOTE, number, tables, files, columns)
 
 
 async def _shows_whole_rows(database: Database, mirror: Mirror) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from structlog.testing import capture_logs
 
 from cdc_worker import locks
 from cdc_worker import migrate as migrating
@@ -112,6 +113,17 @@ def test_a_migration_that_fails_leaves_nothing(db: Database, monkeypatch: pytest
     with pytest.raises(psycopg.errors.DivisionByZero):
         db.migrate([])
     assert nothing_was_made(db)
+
+
+def test_a_publication_that_has_got_new_tables_is_named(postgres_server: postgres.Server, db: Database) -> None:
+    with postgres_server.admin(db.dsn.rsplit("/", 1)[1]) as superuser:
+        superuser.execute("create publication everything for all tables; create publication another")
+    with capture_logs() as first:
+        db.migrate([])
+    with capture_logs() as second:
+        db.migrate([])
+    said = [line["publications"] for line in (*first, *second) if line["event"] == "migrate.published"]
+    assert said == [["everything"]]
 
 
 def test_triggers_follow_the_config(db: Database) -> None:
@@ -345,6 +357,25 @@ def test_a_virtual_generated_column_is_refused_where_a_trigger_would_read_it(
     db.migrate([activity(GOOD.replace("''", "twice"))])
     db.execute("insert into t values ('1'), ('2'); update t set id = id || 'x'; update t set at = now()")
     assert sorted(filter(None, db.captured())) == ["1", "1", "1x", "1x", "2", "2", "2x", "2x"]
+
+
+@pytest.mark.parametrize("how", ["partition", "heir"])
+def test_a_foreign_table_behind_a_source_is_refused(postgres_server: postgres.Server, db: Database, how: str) -> None:
+    # The application's writes would fail: "cannot collect transition tuples from child foreign tables".
+    with postgres_server.admin(db.dsn.rsplit("/", 1)[1]) as superuser:
+        superuser.execute(
+            "create foreign data wrapper far; create server far foreign data wrapper far;"
+            " grant usage on foreign server far to application"
+        )
+    db.execute(
+        "create table parted (id text) partition by hash (id); create table parent (id text); create table t (id text);"
+        " create foreign table part partition of parted for values with (modulus 1, remainder 0) server far;"
+        " create foreign table heir () inherits (parent) server far"
+    )
+    table, name = {"partition": ("parted", "part"), "heir": ("parent", "heir")}[how]
+    with pytest.raises(ConfigError, match=rf"{table} has foreign tables among its partitions or heirs \({name}\)"):
+        db.migrate([activity(GOOD.replace("at as", "now() as"), table=table)])
+    assert nothing_was_made(db)
 
 
 def test_a_domain_gives_a_key_like_its_type(db: Database) -> None:

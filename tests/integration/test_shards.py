@@ -130,6 +130,24 @@ def test_shards_are_spread_and_follow_who_comes_and_goes(db: Database, workers: 
     assert events.count("session.rescan") == 4  # the first opening of each shard
 
 
+def test_a_clock_that_is_set_back_holds_up_nobody(db: Database, workers: Workers) -> None:
+    """What was noted before then lasts longer by as much: here, by an hour."""
+    later = "clock_timestamp() + interval '1 hour'"
+    db.migrate(MIRRORS, shards=4)
+    # By one that died unseen.
+    db.execute(f"update cdc.checkpoint set holder = 'gone', expires_at = {later}")
+    db.execute(f"insert into cdc.worker values ('gone', 4, {later})")
+    # With no checkpoints, which renew as well.
+    workers.start(CDC_HEARTBEAT_SECONDS=3600).said("session.open", times=4)
+    # By one that lives, and keeps what it has.
+    tokens = db.execute("select shard, token from cdc.checkpoint order by shard")
+    db.execute(f"update cdc.checkpoint set expires_at = {later}; update cdc.worker set expires_at = {later}")
+    latest = "select max(expires_at) < clock_timestamp() + interval '6 seconds'"
+    until(lambda: db.one(f"{latest} from cdc.checkpoint"), expected=True)
+    until(lambda: db.one(f"{latest} from cdc.worker where name <> 'gone'"), expected=True)
+    assert db.execute("select shard, token from cdc.checkpoint order by shard") == tokens
+
+
 def test_all_who_sleep_are_woken(db: Database, workers: Workers, mirrored: Mirrored) -> None:
     """One keeps the gate; the others sleep behind it, and one of them closes it again when he goes."""
     db.migrate(MIRRORS, shards=4)

@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 
+import psycopg
 import pytest
 
 from cdc_worker import care
@@ -64,6 +65,13 @@ async def noted(db: Database) -> None:
     )
 
 
+async def at_rest(running: Running) -> None:
+    """Nothing is under way."""
+    since = len(running.log.of("worker.heartbeat"))
+    while (beat := await running.said("worker.heartbeat", times=since + 1))["backlog"] + beat["keys_under_way"]:
+        since += 1
+
+
 GONE = {
     "dropped": "drop table visit_1",
     "detached": "alter table visit detach partition visit_1",
@@ -112,6 +120,58 @@ async def test_values_that_change_with_the_type_of_their_column(
         await eventually(lambda: mirrored.descriptions(user), ["10", "20"])
         await running.stop()
         assert running.log.events.count("capture.tables_changed") == 1
+
+
+async def test_a_key_column_that_changes_its_type_deletes_nothing(
+    db: Database, work: Work, mirrored: Mirrored, mirror: Mirror
+) -> None:
+    """The rows are found by the keys that they had, and have others: `1.00` is no text of a bigint."""
+    async with work() as running:
+        await running.said("backfill.done")
+        await noted(db)
+        await at_rest(running)
+        before = sorted(mirrored.keys(mirror.name))
+        await asyncio.to_thread(db.execute, "alter table visit alter id type numeric(10, 2)")
+        db.execute("update visit set note = 'x'")
+        assert (await running.said("mirror.broken"))["mirror"] == mirror.name
+        assert "another type" in (await running.said("database.not_ready"))["cause"]
+        assert sorted(mirrored.keys(mirror.name)) == before
+        db.execute("insert into visit values (7, 1); delete from visit where id = 1")
+        await asyncio.to_thread(db.execute, "alter table visit alter id type int")
+        await running.said("mirror.mended")
+        await equal(mirrored, mirror, db)
+
+
+REWRITTEN = {
+    "altered": "alter table visit add column more uuid default gen_random_uuid()",
+    "filled anew": "create temp table kept as table visit; truncate visit; insert into visit table kept",
+}
+
+
+@pytest.mark.parametrize("how", REWRITTEN)
+async def test_rows_that_are_read_while_their_table_is_rewritten(
+    db: Database, work: Work, mirrored: Mirrored, mirror: Mirror, how: str
+) -> None:
+    """To a snapshot from before then, the table is empty."""
+    async with work() as running:
+        await running.said("backfill.done")
+        await noted(db)
+        await at_rest(running)
+        with psycopg.connect(db.dsn) as altering:
+            altering.execute(REWRITTEN[how])
+            # As a replay marks them.
+            db.execute(
+                "insert into cdc.outbox (slot, mirror, keys) select cdc.written(), mirror, array_agg(key)"
+                " from cdc.dirty_key where key is not null group by mirror; notify cdc_outbox"
+            )
+            waits = "select count(*) > 0 from pg_locks where not granted and relation = 'visit'::regclass"
+            await eventually(lambda: db.one(waits), expected=True)
+            altering.commit()
+        # What else such a page may have read wrongly is looked at again.
+        assert "rewritten" in (await running.said("capture.tables_changed"))["cause"]
+        await at_rest(running)
+        await equal(mirrored, mirror, db)
+        assert [line for line in running.log.of("batch.applied") if "deleted" in line] == []
 
 
 WHOLE_ROWS = {

@@ -722,10 +722,10 @@ async def test_of_many_reasons_the_most_frequent_are_said(
         await eventually(lambda: len(mirrored.activities(user)), 1)
         await running.stop()
         said = [line for line in running.log.of("key.parked") if line["kind"] == "several"]
-        print(running.log.of("key.parked"))
         assert [(line["keys"], line["reason"]) for line in said] == [
             (2, "2 reasons more: see `cdc-worker parked list`")
         ]
+        assert len(running.log.of("key.parked")) == 6
 
 
 async def test_a_document_that_convex_rejects_is_parked_alone(
@@ -906,6 +906,22 @@ async def test_a_rescan_that_fails_holds_up_no_other_and_quotes_no_row(
         db.execute("update bad set note = '2'")
         await eventually(lambda: mirrored.keys(bad.name), ["1"])
         assert "s3cret" not in str(running.log.lines)
+
+
+async def test_a_database_that_refuses_ddl_keeps_the_log_from_turning_and_nothing_else(
+    postgres_server: postgres.Server, db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    check_in(db, user, "1", "from before")
+    db.execute("update cdc.rotation set rotated_at = now() - interval '1 day'")
+    with postgres_server.admin(db.dsn.rpartition("/")[2]) as superuser:
+        superuser.execute(
+            "create function refuse() returns event_trigger language plpgsql as $$ begin raise 'not here'; end $$;"
+            " create event trigger refuse on ddl_command_start execute function refuse()"
+        )
+    async with work() as running:
+        assert (await running.said("care.failed"))["cause"] == "turning the log: RaiseException (P0001)"
+        await running.said("backfill.done", times=2)
+        await eventually(lambda: mirrored.descriptions(user), ["from before"])
 
 
 async def test_a_column_that_is_gone_is_not_said_with_each_write(db: Database, work: Work, mirrored: Mirrored) -> None:
