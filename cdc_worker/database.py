@@ -203,12 +203,14 @@ async def begin(
     """Starts a transaction with its deadlines, and a `first` statement: its rows. All in one round trip.
 
     The last deadline is for a worker that vanishes with its machine: what it locked is not locked for hours. A policy
-    that hides rows is an error (docs/decisions/0045-a-hidden-row-is-an-error.md).
+    that hides rows is an error (docs/decisions/0045-a-hidden-row-is-an-error.md). Behind a pooler the connection was
+    the application's before, which may have set its search_path: a mirror's query would read other tables.
     """
     milliseconds = int(statement_seconds * 1000)
     cursor = await connection.execute(
         f"begin {mode}; set local statement_timeout = {milliseconds}; "
         f"set local lock_timeout = '{_LOCK_TIMEOUT}'; set local jit = off; set local row_security = off; "
+        "set local search_path to default; "
         f"set local idle_in_transaction_session_timeout = {2 * milliseconds + int(_GRACE_SECONDS * 1000)}; {first}"
     )
     while cursor.nextset():

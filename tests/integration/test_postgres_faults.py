@@ -120,6 +120,24 @@ async def test_a_restart_behind_a_pooler(
             assert running.log.events.count("session.rescan") == 1
 
 
+async def test_a_search_path_that_the_application_leaves_in_the_pooler(
+    mirrors: Sequence[Mirror], database: str, local_convex: convex.LocalConvex, mirrored: Mirrored, user: str
+) -> None:
+    """PgBouncer hands on a connection as it is; there, a table of the same name is another one."""
+    if bouncer.program() is None:
+        missing("pgbouncer")
+    with Database(database, TABLES, mirrors) as db, bouncer.start(database, pool_size=1) as pooled:
+        db.execute("""create schema other; create table other."CheckIn" (like "CheckIn")""")
+        check_in(db, user, "right")
+        db.execute("""insert into other."CheckIn" select id, "userId", 'wrong', mood, "createdAt" from "CheckIn" """)
+        with psycopg.connect(pooled) as application:
+            application.execute("set search_path to other")
+        async with worker_at_work(quick_settings(pooled, local_convex), mirrors) as running:
+            await running.said("backfill.done")
+            await running.stop()
+            assert mirrored.descriptions(user) == ["right"]
+
+
 async def test_a_row_that_takes_too_long_is_parked_alone(
     database: str,
     local_convex: convex.LocalConvex,
