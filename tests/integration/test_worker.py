@@ -845,6 +845,31 @@ async def test_a_document_that_just_fits_arrives(db: Database, work: Work, mirro
         await eventually(lambda: mirrored.descriptions(user), [note])
 
 
+NUMBERS = {"n": 6 * [8_000 * [1]]}
+# What is left to the description. In Convex' own count an object or array is 2 bytes, a field its name and one more, a
+# number 9, a string its UTF-8 and 2 more. Here userId, type, description, timestamp and metadata, one after the other.
+ROOM = 1_048_576 - 2 - (7 + 15) - (5 + 10) - (12 + 2) - (10 + 9) - (9 + 2 + 2 + 2 + 6 * (2 + 8_000 * 9))
+# For the key, the version and Convex' own fields.
+BESIDE = 250
+
+
+@pytest.mark.parametrize("text", ["\n", "\\", "x", "é"])
+async def test_a_document_is_measured_as_convex_measures_it(
+    db: Database, work: Work, mirrored: Mirrored, user: str, text: str
+) -> None:
+    """Not by its JSON text, which is longer for an escape and shorter for a number."""
+    insert = 'insert into "CheckIn" values (%s, %s, %s, %s, now())'
+    fits = text * ((ROOM - BESIDE) // len(text.encode()))
+    db.execute(insert, f"{user}-fits", user, fits, json.dumps(NUMBERS))
+    db.execute(insert, f"{user}-not", user, text * (ROOM // len(text.encode()) + 1), json.dumps(NUMBERS))
+    async with work():
+        await eventually(lambda: mirrored.descriptions(user) == [fits], expected=True)
+        await eventually(
+            lambda: db.execute("select key, class, reason like '%Convex holds 1048576' from cdc.parked_key"),
+            [(f"{user}-not", "row", True)],
+        )
+
+
 @pytest.mark.parametrize("state", ["54000", "54001"])
 async def test_a_row_that_passes_a_limit_of_postgres_is_parked_alone(  # noqa: PLR0917  # fixtures
     mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str, state: str
