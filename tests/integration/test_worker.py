@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from cdc_worker import care, registry
+from cdc_worker import care, parking, registry
 from cdc_worker.catalog import check
 from cdc_worker.mirrors import Mirror, Source
 from cdc_worker.plan import Plan
@@ -472,6 +472,25 @@ async def test_a_query_that_breaks_parks_its_keys_and_comes_back(
         await eventually(lambda: db.execute(parked), [])
         await running.stop()
         assert len(running.log.of("mirror.broken")) == 1
+
+
+async def test_keys_of_a_broken_mirror_are_not_said_with_each_write(
+    db: Database, work: Work, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with work() as running:
+        await running.said("backfill.done", times=2)
+        await asyncio.to_thread(db.execute, """alter table "CheckIn" rename column note to remark""")
+
+        async def another(number: int) -> None:
+            check_in(db, user, str(number))
+            await eventually(lambda: db.one("select count(*) from cdc.parked_key where class = 'mirror'"), number)
+
+        for number in range(1, 7):
+            await another(number)
+        assert [line["keys"] for line in running.log.of("key.parked")] == [1]
+        monkeypatch.setattr(parking, "_BROKEN_REMINDER_SECONDS", 0.0)
+        await another(7)
+        assert [line["keys"] for line in running.log.of("key.parked")] == [1, 6]
 
 
 async def test_a_table_that_is_dropped_and_comes_back(
