@@ -96,7 +96,7 @@ class Care:
                     "capture.rescan",
                     mirror=state.name,
                     cause="a source was truncated, or lost a column that capture needs",
-                    cure="none needed for a truncated one; for a changed one: mend cdc_worker.toml and run migrate",
+                    cure="none needed if truncated; otherwise mend cdc_worker.toml, run migrate, restart the worker",
                 )
             await backfill.request(self._database, mirror_id, with_documents=True, reason="source truncated or changed")
         self._soon.set()

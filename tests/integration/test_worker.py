@@ -459,6 +459,8 @@ async def test_a_query_that_breaks_parks_its_keys_and_comes_back(
         await eventually(lambda: mirrored.status(user), {"userId": user})
         said = await running.said("mirror.broken")
         assert (said["mirror"], said["cause"]) == (mirrors[0].name, 'column "note" does not exist')
+        # A worker at work keeps the file that it was started with.
+        assert said["cure"].endswith("mend it in cdc_worker.toml, run migrate, restart the worker")
         # Not how often: the rescan of the first start may come to a key as well.
         parked = "select key, class, reason from cdc.parked_key order by key"
         reason = 'column "note" does not exist'
@@ -524,6 +526,7 @@ async def test_a_mirror_that_is_broken_at_the_start_lets_others_flow(
     async with work() as running:
         said = await running.said("mirror.broken")
         assert 'column "mood" does not exist' in said["cause"]
+        assert said["cure"].endswith("mend it in cdc_worker.toml, run migrate, restart the worker")
         await eventually(lambda: mirrored.status(user), {"userId": user})
 
 
