@@ -40,6 +40,8 @@ _MENDING_SECONDS = 15.0
 _RESCAN_SECONDS = 1.0
 # A mirror whose capture is broken asks for one with each write; that is said so seldom.
 _RESCAN_REMINDER_SECONDS = 60.0
+# Tables without triggers are said so seldom while they last: nothing else tells of the changes that are not seen.
+_MISSING_REMINDER_SECONDS = 300.0
 # The heartbeat counts no further: what is beyond is "many".
 _BACKLOG_COUNTED = 100_000
 
@@ -78,6 +80,8 @@ class Care:
         self._rescan_said: dict[int, float] = {}
         # Tables last seen without triggers, or with some that had been off.
         self._gaps = Gaps([], [])
+        # When the bare ones were said (monotonic).
+        self._missing_said = -math.inf
 
     async def note_rescans(self, mirror_ids: set[int]) -> None:
         """The log asks for rescans: noted in the database, so that the log's rows may be acknowledged."""
@@ -92,7 +96,7 @@ class Care:
                     "capture.rescan",
                     mirror=state.name,
                     cause="a source was truncated, or lost a column that capture needs",
-                    cure="none needed for a truncated one; for a changed one: mend cdc_worker.toml and run migrate",
+                    cure="none needed if truncated; otherwise mend cdc_worker.toml, run migrate, restart the worker",
                 )
             await backfill.request(self._database, mirror_id, with_documents=True, reason="source truncated or changed")
         self._soon.set()
@@ -154,17 +158,24 @@ class Care:
         await look_at_tables(self._database, {number: plan.mirror for number, plan in plans.items()})
 
     async def _look_at_triggers(self) -> None:
-        """A table that was made anew, or a new partition, has none: said when it is seen, and again when it changes."""
+        """A table that was made anew, or a new partition, has none: said when seen, when it changes, and seldom."""
         gaps = await find_gaps(self._database, self._config)
-        if gaps.bare and gaps.bare != self._gaps.bare:
-            log.error("capture.missing", tables=gaps.bare, cure="run `cdc-worker migrate`, then `cdc-worker backfill`")
+        now = time.monotonic()
+        if gaps.bare and (gaps.bare != self._gaps.bare or now - self._missing_said > _MISSING_REMINDER_SECONDS):
+            self._missing_said = now
+            log.error(
+                "capture.missing",
+                tables=gaps.bare,
+                cure="run `cdc-worker migrate`: it brings them back, and has every row looked at again",
+            )
         again = {*self._gaps.bare, *gaps.reenabled} - {*gaps.bare, *self._gaps.reenabled}
         if again:
             # What came before them was captured by nobody: a restore makes triggers last, or disables them meanwhile.
             log.warning(
                 "capture.restored",
                 tables=sorted(again),
-                cure="every row is looked at again; run `cdc-worker migrate`, so that it is noticed the next time, too",
+                cure="every row is looked at again; unless `cdc-worker migrate` brought them back, run it, so that the"
+                " next time is noticed, too",
             )
             await backfill.request_all(self._database, "a source had no triggers")
         self._gaps = gaps

@@ -4,14 +4,16 @@ Postgres has made the JSON already (plan.py); what is left is the number, and me
 """
 
 import json
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from cdc_worker.plan import Plan
 from cdc_worker.safe_json import parse
 
-# A document may have 1 MiB in Convex' own count, which a JSON text is close to. What is nearer the limit than
-# this estimate tells is refused by Convex itself, and parked all the same.
+# A document may have 1 MiB in Convex' own count. What passes it only with what is stored beside the content (the key,
+# the version, some 150 bytes) is refused by Convex itself, and parked all the same.
 LARGEST_DOCUMENT = 1_048_576
+# Events so short are not counted: at the most, two bytes of JSON (a digit and its comma) are nine to Convex.
+_NEVER_TOO_LARGE = LARGEST_DOCUMENT * 2 // 9
 
 # mirror: the mirror's query does not run. row: this row breaks it, or makes no document.
 # rejected: a verdict said so. refused: Convex fails on this key alone, while a probe passes.
@@ -62,8 +64,8 @@ class EventMaker:
                 return self.unfit(key, f"metadata cannot be read as JSON ({type(error).__name__})")
             # The document is the event's last field, and has others before this one.
             text = b'%b,"metadata":%b}}' % (text[:-2], metadata)
-        if len(text) > LARGEST_DOCUMENT:
-            return self.too_large(key, len(text))
+        if len(text) > _NEVER_TOO_LARGE and (size := convex_bytes(json.loads(text)["document"])) > LARGEST_DOCUMENT:
+            return self.too_large(key, size)
         return Event(self._mirror_id, key, text)
 
     def delete(self, key: str) -> Event:
@@ -79,3 +81,14 @@ class EventMaker:
     def unfit(self, key: str, reason: str) -> Event:
         """What is said of a key whose row can be no document."""
         return Event(self._mirror_id, key, b"", ("row", reason))
+
+
+def convex_bytes(value: Any) -> int:
+    """What a JSON value counts to Convex, all numbers being Float64 (`getConvexSize` of the package convex)."""
+    if isinstance(value, str):
+        return 2 + len(value.encode())
+    if isinstance(value, dict):
+        return 2 + sum(len(name) + 1 + convex_bytes(item) for name, item in value.items())
+    if isinstance(value, list):
+        return 2 + sum(map(convex_bytes, value))
+    return 1 if value is None or isinstance(value, bool) else 9

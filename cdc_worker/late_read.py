@@ -26,6 +26,8 @@ _PAGE_BYTES = 8 * 1024 * 1024
 _NO_LIMIT = 2_147_483_647
 # A page whose query passed the time limit is read again with one row in so many.
 _SLOW_SHARE = 8
+# The worker keeps the file that it was started with.
+BROKEN_CURE = "its keys are parked until the query runs: mend it in cdc_worker.toml, run migrate, restart the worker"
 
 # Whether a table behind the sources ($1) has another file than in this snapshot: to that it is empty now.
 _REWRITTEN = """
@@ -157,12 +159,7 @@ class LateReader:
                 raise
             if await is_of_the_query(error, connection, state.plan, keys):
                 state.plan, state.broken = None, cause(error)
-                log.error(
-                    "mirror.broken",
-                    mirror=state.name,
-                    cause=state.broken,
-                    cure="its keys are parked until the query runs again: mend it in cdc_worker.toml and run migrate",
-                )
+                log.error("mirror.broken", mirror=state.name, cause=state.broken, cure=BROKEN_CURE)
                 return _all(state, keys, ("mirror", state.broken))
             if len(keys) == 1:
                 # The message itself can quote a value (`invalid input syntax for type integer: "..."`).

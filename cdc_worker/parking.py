@@ -1,5 +1,7 @@
 """Parked keys: what is refused for a reason of its own, kept with the reason until a good reading settles it."""
 
+import math
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -61,6 +63,8 @@ select count(*) from gone
 
 # Of one batch.
 _REASONS_SAID = 5
+# A broken mirror has been said itself (`mirror.broken`), and each change adds to its keys: those are said so seldom.
+_BROKEN_REMINDER_SECONDS = 60.0
 
 
 class Parking:
@@ -74,6 +78,8 @@ class Parking:
         self._shard = shard
         self._lease = (shard.name, token)
         self.count = 0
+        # Of keys of broken mirrors, by reason: when some were said last (monotonic), and how many have come since.
+        self._broken_said: dict[str, tuple[float, int]] = {}
 
     async def load(self) -> None:
         ((self.count,),) = await self._database.execute(_COUNT)
@@ -96,7 +102,8 @@ class Parking:
         self.count += sum(new for (new,) in parked)
         each = Counter(reasons.values()).most_common()
         for (kind, reason), keys_hit in each[:_REASONS_SAID]:
-            log.error("key.parked", kind=kind, reason=reason, keys=keys_hit, parked_keys=self.count)
+            if to_say := self._unsaid(reason, keys_hit) if kind == "mirror" else keys_hit:
+                log.error("key.parked", kind=kind, reason=reason, keys=to_say, parked_keys=self.count)
         if others := each[_REASONS_SAID:]:
             log.error(
                 "key.parked",
@@ -105,6 +112,14 @@ class Parking:
                 keys=sum(keys_hit for _, keys_hit in others),
                 parked_keys=self.count,
             )
+
+    def _unsaid(self, reason: str, keys: int) -> int:
+        """How many keys are to be said now, with those that have not been; 0 if it is too soon."""
+        said, before = self._broken_said.get(reason, (-math.inf, 0))
+        now = time.monotonic()
+        is_due = now - said > _BROKEN_REMINDER_SECONDS
+        self._broken_said[reason] = (now, 0) if is_due else (said, before + keys)
+        return before + keys if is_due else 0
 
     async def settle(self, good: Iterable[tuple[int, str]]) -> None:
         """These keys are as Postgres has them: whatever was held against them is over."""

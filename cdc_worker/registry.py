@@ -8,7 +8,7 @@ import structlog
 from cdc_worker.catalog import check
 from cdc_worker.database import Connection, Database, cause, first_lines, is_gone
 from cdc_worker.errors import ConfigError, SchemaError
-from cdc_worker.late_read import MirrorState, is_of_the_query, try_key
+from cdc_worker.late_read import BROKEN_CURE, MirrorState, is_of_the_query, try_key
 from cdc_worker.locks import LOCKED
 from cdc_worker.migrate import load_migrations
 from cdc_worker.mirrors import Mirror
@@ -76,9 +76,7 @@ class Registry:
             # Whatever is locked may stay so for hours, and other mirrors have nothing to do with it.
             said = first_lines(error) if isinstance(error, psycopg.Error) else str(error)
             if not state.broken:
-                log.error(
-                    "mirror.broken", mirror=mirror.name, cause=said, cure="its keys are parked until it is mended"
-                )
+                log.error("mirror.broken", mirror=mirror.name, cause=said, cure=BROKEN_CURE)
             state.broken = said
             return
         was_broken = bool(state.broken)

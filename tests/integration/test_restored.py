@@ -335,14 +335,16 @@ async def test_triggers_that_come_back(  # noqa: PLR0917  # fixtures
     user: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What was written without them is found all the same."""
+    """What was written without them is found all the same; and it is said for as long as they are missing."""
     monkeypatch.setattr(care, "_SELDOM_SECONDS", 0.2)
+    monkeypatch.setattr(care, "_MENDING_SECONDS", 0.1)
+    monkeypatch.setattr(care, "_MISSING_REMINDER_SECONDS", 0.5)
     with Database(database, TABLES, mirrors) as db:
         async with worker_at_work(quick_settings(database, local_convex), mirrors) as running:
             begin(db, user)
             await eventually(lambda: state(mirrored, user), BEFORE)
             db.execute("""alter table "CheckIn" disable trigger user""")
-            assert (await running.said("capture.missing"))["tables"] == ['"CheckIn"']
+            assert (await running.said("capture.missing", times=2))["tables"] == ['"CheckIn"']
             go_on(db, user)
             db.execute("""alter table "CheckIn" enable trigger user""")
             await running.said("capture.restored")

@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from cdc_worker import care, registry
+from cdc_worker import care, parking, registry
 from cdc_worker.catalog import check
 from cdc_worker.mirrors import Mirror, Source
 from cdc_worker.plan import Plan
@@ -459,6 +459,8 @@ async def test_a_query_that_breaks_parks_its_keys_and_comes_back(
         await eventually(lambda: mirrored.status(user), {"userId": user})
         said = await running.said("mirror.broken")
         assert (said["mirror"], said["cause"]) == (mirrors[0].name, 'column "note" does not exist')
+        # A worker at work keeps the file that it was started with.
+        assert said["cure"].endswith("mend it in cdc_worker.toml, run migrate, restart the worker")
         # Not how often: the rescan of the first start may come to a key as well.
         parked = "select key, class, reason from cdc.parked_key order by key"
         reason = 'column "note" does not exist'
@@ -472,6 +474,25 @@ async def test_a_query_that_breaks_parks_its_keys_and_comes_back(
         await eventually(lambda: db.execute(parked), [])
         await running.stop()
         assert len(running.log.of("mirror.broken")) == 1
+
+
+async def test_keys_of_a_broken_mirror_are_not_said_with_each_write(
+    db: Database, work: Work, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with work() as running:
+        await running.said("backfill.done", times=2)
+        await asyncio.to_thread(db.execute, """alter table "CheckIn" rename column note to remark""")
+
+        async def another(number: int) -> None:
+            check_in(db, user, str(number))
+            await eventually(lambda: db.one("select count(*) from cdc.parked_key where class = 'mirror'"), number)
+
+        for number in range(1, 7):
+            await another(number)
+        assert [line["keys"] for line in running.log.of("key.parked")] == [1]
+        monkeypatch.setattr(parking, "_BROKEN_REMINDER_SECONDS", 0.0)
+        await another(7)
+        assert [line["keys"] for line in running.log.of("key.parked")] == [1, 6]
 
 
 async def test_a_table_that_is_dropped_and_comes_back(
@@ -505,6 +526,7 @@ async def test_a_mirror_that_is_broken_at_the_start_lets_others_flow(
     async with work() as running:
         said = await running.said("mirror.broken")
         assert 'column "mood" does not exist' in said["cause"]
+        assert said["cure"].endswith("mend it in cdc_worker.toml, run migrate, restart the worker")
         await eventually(lambda: mirrored.status(user), {"userId": user})
 
 
@@ -843,6 +865,31 @@ async def test_a_document_that_just_fits_arrives(db: Database, work: Work, mirro
     check_in(db, user, "1", note)
     async with work():
         await eventually(lambda: mirrored.descriptions(user), [note])
+
+
+NUMBERS = {"n": 6 * [8_000 * [1]]}
+# What is left to the description. In Convex' own count an object or array is 2 bytes, a field its name and one more, a
+# number 9, a string its UTF-8 and 2 more. Here userId, type, description, timestamp and metadata, one after the other.
+ROOM = 1_048_576 - 2 - (7 + 15) - (5 + 10) - (12 + 2) - (10 + 9) - (9 + 2 + 2 + 2 + 6 * (2 + 8_000 * 9))
+# For the key, the version and Convex' own fields.
+BESIDE = 250
+
+
+@pytest.mark.parametrize("text", ["\n", "\\", "x", "é"])
+async def test_a_document_is_measured_as_convex_measures_it(
+    db: Database, work: Work, mirrored: Mirrored, user: str, text: str
+) -> None:
+    """Not by its JSON text, which is longer for an escape and shorter for a number."""
+    insert = 'insert into "CheckIn" values (%s, %s, %s, %s, now())'
+    fits = text * ((ROOM - BESIDE) // len(text.encode()))
+    db.execute(insert, f"{user}-fits", user, fits, json.dumps(NUMBERS))
+    db.execute(insert, f"{user}-not", user, text * (ROOM // len(text.encode()) + 1), json.dumps(NUMBERS))
+    async with work():
+        await eventually(lambda: mirrored.descriptions(user) == [fits], expected=True)
+        await eventually(
+            lambda: db.execute("select key, class, reason like '%Convex holds 1048576' from cdc.parked_key"),
+            [(f"{user}-not", "row", True)],
+        )
 
 
 @pytest.mark.parametrize("state", ["54000", "54001"])
