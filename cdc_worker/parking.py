@@ -182,9 +182,9 @@ async def drop_parked(database: Database, mirror: str | None, key: str | None) -
 
 async def _id_of(database: Database, mirror: str | None) -> int | None:
     """Raises ConfigError for a mirror that this database never had."""
-    ids: dict[str, int] = dict(await database.execute(_NAMES))
     if mirror is None:
         return None
+    ids: dict[str, int] = dict(await database.execute(_NAMES))
     if mirror not in ids:
         raise ConfigError(f'there is no mirror "{mirror}" (there are: {", ".join(ids)})')
     return ids[mirror]

@@ -2,8 +2,8 @@
 
 With a partition that is dropped, detached or attached, rows go and come; with a column that changes its type every
 value may be another one; with one that comes, so does a field of whatever shows whole rows (`to_jsonb(t)`). And an
-ALTER TABLE that rewrites a table empties it for older snapshots (Postgres' documentation, "Caveats" of MVCC): a page
-that waited for it has read no rows, and had their documents deleted. Then the mirror is looked at anew.
+ALTER TABLE that rewrites a table empties it for older snapshots (Postgres' documentation, "Caveats" of MVCC): a joined
+query that waited for it has read the rows of its other tables only. Then the mirror is looked at anew.
 """
 
 from collections.abc import Mapping

@@ -117,6 +117,26 @@ def test_rows_that_are_far_too_large_are_parked_unread(
         assert peak_megabytes(worker) - idle < 10
 
 
+# Nearly as much as is fetched at all, in as many values as there can be.
+MANY_VALUES = """
+with items as (select jsonb_agg('{}'::jsonb) as items from generate_series(1, 8000))
+insert into "CheckIn" select row, 'u', 'x', (select jsonb_build_object('a', jsonb_agg(items))
+    from items, generate_series(1, 234)), now() from generate_series(1, 3) as row
+"""
+
+
+def test_rows_that_are_too_large_are_looked_through_within_the_bound(
+    database: str, fresh_convex: convex.LocalConvex, mirror: Mirror, tmp_path: Path
+) -> None:
+    env = environment(database, fresh_convex, tmp_path / "cdc_worker.toml", CDC_STATEMENT_SECONDS=30)
+    with Database(database, TABLES, [mirror]) as db, child(tmp_path, env, mirrors=[mirror]) as worker:
+        worker.said("backfill.done")
+        db.execute(MANY_VALUES)
+        count = "select count(*) from cdc.parked_key where class = 'row' and reason like '%Convex holds 1048576'"
+        asyncio.run(eventually(lambda: db.one(count), 3, seconds=SECONDS))
+        assert peak_megabytes(worker) < 400
+
+
 # As many keys as the lanes take, and a page; and then so many times more, of which each would need so much if it were
 # kept.
 FIRST_ROWS = 12_000
