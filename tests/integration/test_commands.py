@@ -160,7 +160,7 @@ async def test_parked_keys_are_listed_retried_and_dropped(
 
         retried = command("parked", "retry", "bad")
         assert line(retried, "parked.marked")[0]["keys"] == 1
-        await running.said("key.parked", times=2)
+        assert (await running.said("key.parked", times=2))["parked_keys"] == 1, "the same one once more"
         assert "2" in command("parked", "list").stdout
 
         assert command("parked", "drop").returncode != 0, "all of them, and nobody to ask"
