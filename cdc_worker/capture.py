@@ -1,7 +1,7 @@
 """The triggers: what they do to a writer is decided here, and nowhere else.
 
-One function for each table, four statement triggers that call it. It appends keys to the log and reads nothing but
-the statement's own rows. What it may never do is fail or stall the application's write:
+Four statement triggers for each table, each with a function of its own. It appends keys to the log and reads nothing
+but the statement's own rows. What it may never do is fail or stall the application's write:
 
 - A column that was dropped or renamed is no error: its name then finds a stand-in, and the mirror is rescanned.
 - The function runs with its owner's rights, and in the session's search_path: to set another one would cost as much as
@@ -11,7 +11,8 @@ the statement's own rows. What it may never do is fail or stall the application'
 - The doorbell never waits: `try` on a shared advisory lock, and NOTIFY only while the worker sleeps (listener.py).
 
 And it is short for a statement of one row, which is what most are: a few keys are rows of the log, one each, written
-to the partition itself by a plan that has no parameter; many keys are rows of 64 each.
+to the partition itself by a plan that has no parameter; many keys are rows of 64 each. Each expression costs: plpgsql
+prepares it anew in each transaction.
 """
 
 import hashlib
@@ -38,7 +39,12 @@ class Feed:
     source: Source
 
 
-def function_name(schema: str, table: str) -> str:
+def function_name(schema: str, table: str, event: str) -> str:
+    return f"{shared_function_name(schema, table)}_{event}"
+
+
+def shared_function_name(schema: str, table: str) -> str:
+    """Of the one function for all events that a table had in 0.1.0."""
     return "capture_" + hashlib.sha256(f"{schema}\x00{table}".encode()).hexdigest()[:16]
 
 
@@ -46,27 +52,21 @@ def trigger_name(event: str) -> str:
     return f"cdc_{event}"
 
 
-def function_body(feeds: Iterable[Feed]) -> str:
-    """The plpgsql body for a table that feeds these mirrors."""
+def function_body(feeds: Iterable[Feed], event: str) -> str:
+    """The plpgsql body for one event at a table that feeds these mirrors."""
     feeds = tuple(feeds)
-    mirrors = sql.SQL(", ").join(
-        sql.SQL("(cdc.written(), {})").format(sql.Literal(mirror))
-        for mirror in dict.fromkeys(feed.mirror_id for feed in feeds)
-    )
+    match event:
+        case "insert":
+            written = _few_and_more(feeds, "cdc_new")
+        case "delete":
+            written = _few_and_more(feeds, "cdc_old")
+        case "update":
+            written = _one_or_more(feeds)
+        case _:
+            written = _all(feeds)
     return (
         sql.SQL(_BODY)
-        .format(
-            insert_few=_append("mirror, key", _few_rows(feeds, "cdc_new")),
-            insert_more=_append_many(_more_rows(feeds, "cdc_new")),
-            update_one=_append("mirror, key", _one_pair(feeds)),
-            update_more=_append_many(_more_pairs(feeds)),
-            delete_few=_append("mirror, key", _few_rows(feeds, "cdc_old")),
-            delete_more=_append_many(_more_rows(feeds, "cdc_old")),
-            few=sql.Literal(_FEW),
-            mirrors=mirrors,
-            gate=sql.SQL(", ").join(map(sql.Literal, GATE)),
-            channel=sql.Literal(CHANNEL),
-        )
+        .format(written=written, gate=sql.SQL(", ").join(map(sql.Literal, GATE)), channel=sql.Literal(CHANNEL))
         .as_string()
     )
 
@@ -104,44 +104,35 @@ _FEW = 8
 # The longest row of the log, in keys. The ids of rows are so far apart (migrations/0002_cheaper_capture.sql).
 _KEYS_IN_A_ROW = 64
 
+# What each event writes, and whether it wrote anything.
+_FEW_AND_MORE = """{few}
+    get diagnostics written = row_count;
+    if capture.written operator(pg_catalog.=) {few_are} then
+        {more}
+    end if;"""
+_ONE_OR_MORE = """if exists (select from cdc_new offset 1) then
+        {more}
+    else
+        {one}
+    end if;
+    get diagnostics written = row_count;"""
+_ALL = """insert into cdc.outbox (slot, mirror) values {mirrors};
+    get diagnostics written = row_count;"""
 _BODY = """
 #variable_conflict use_column
 <<capture>>
 declare
     written pg_catalog.int8;
 begin
-    if tg_op operator(pg_catalog.=) 'INSERT' then
-        {insert_few}
-        get diagnostics written = row_count;
-        if capture.written operator(pg_catalog.=) {few} then
-            {insert_more}
+    {written}
+    if capture.written operator(pg_catalog.>) 0 and not pg_catalog.pg_try_advisory_xact_lock_shared({gate}) then
+        if pg_catalog.current_setting('max_prepared_transactions') operator(pg_catalog.=) '0' then
+            perform pg_catalog.pg_notify({channel}, '');
         end if;
-    elsif tg_op operator(pg_catalog.=) 'UPDATE' then
-        if exists (select from cdc_new offset 1) then
-            {update_more}
-        else
-            {update_one}
-        end if;
-        get diagnostics written = row_count;
-    elsif tg_op operator(pg_catalog.=) 'DELETE' then
-        {delete_few}
-        get diagnostics written = row_count;
-        if capture.written operator(pg_catalog.=) {few} then
-            {delete_more}
-        end if;
-    else
-        insert into cdc.outbox (slot, mirror) values {mirrors};
-        get diagnostics written = row_count;
-    end if;
-    if capture.written operator(pg_catalog.>) 0
-            and not pg_catalog.pg_try_advisory_xact_lock_shared({gate})
-            and pg_catalog.current_setting('max_prepared_transactions') operator(pg_catalog.=) '0' then
-        perform pg_catalog.pg_notify({channel}, '');
     end if;
     return null;
 end
 """
-
 # Into the partition that is written: to name it is cheaper than to have each statement find it.
 _APPEND = """if cdc.written() operator(pg_catalog.=) 0 then
             insert into cdc.outbox_0 ({columns})
@@ -177,13 +168,14 @@ _MORE_KEYS = """
 # partition. A full join can only be hashed or merged, so that a plan made for few rows still serves a statement of a
 # million. Its second condition says nothing new but to the planner, who else expects a hundred times as many pairs.
 # `offset 0` keeps it from carrying on whole rows where the keys are enough.
-_ONE_PAIR = """select c.mirror, c.key
+_ONE_PAIR = """select c.mirror, c.key, c.keys
             from {old} as o left join {new} as n on true
-            cross join lateral (values {candidates}) as c (mirror, key, changed, missing)
+            cross join lateral ({feeds}) as c
             where c.key is not null and c.changed or c.missing"""
-_ONE_PAIR_CANDIDATES = """({mirror}::pg_catalog.int2, n.{key}, {changed}, o.{missing}),
-                ({mirror}, o.{key},
-                    (o.{key} operator(pg_catalog.<>) n.{key} collate pg_catalog."C") is not false, false)"""
+_ONE_PAIR_KEYS = """select {mirror}::pg_catalog.int2 as mirror, coalesce(n.{key}, o.{key}) as key,
+                case when o.{key} operator(pg_catalog.<>) n.{key} collate pg_catalog."C"
+                    then array[n.{key}, o.{key}] end as keys,
+                {changed} as changed, o.{missing} as missing"""
 _MORE_PAIRS = """
             select cdc.written(), f.mirror, f.keys
             from (
@@ -216,14 +208,28 @@ def _append_many(rows: sql.Composed) -> sql.Composed:
     return sql.SQL(_APPEND_MANY).format(rows=rows)
 
 
-def _few_rows(feeds: Sequence[Feed], table: str) -> sql.Composed:
-    return sql.SQL("{} limit {}").format(_keys(feeds, table), sql.Literal(_FEW))
-
-
-def _more_rows(feeds: Sequence[Feed], table: str) -> sql.Composed:
-    return sql.SQL(_MORE_KEYS).format(
-        keys=_keys(feeds, table), few=sql.Literal(_FEW), keys_in_a_row=sql.Literal(_KEYS_IN_A_ROW)
+def _few_and_more(feeds: Sequence[Feed], table: str) -> sql.Composed:
+    """For an INSERT or DELETE."""
+    few, keys = sql.Literal(_FEW), _keys(feeds, table)
+    return sql.SQL(_FEW_AND_MORE).format(
+        few=_append("mirror, key", sql.SQL("{} limit {}").format(keys, few)),
+        more=_append_many(sql.SQL(_MORE_KEYS).format(keys=keys, few=few, keys_in_a_row=sql.Literal(_KEYS_IN_A_ROW))),
+        few_are=few,
     )
+
+
+def _one_or_more(feeds: Sequence[Feed]) -> sql.Composed:
+    """For an UPDATE."""
+    return sql.SQL(_ONE_OR_MORE).format(
+        one=_append("mirror, key, keys", _one_pair(feeds)), more=_append_many(_more_pairs(feeds))
+    )
+
+
+def _all(feeds: Sequence[Feed]) -> sql.Composed:
+    """For a TRUNCATE: a row without a key for each mirror."""
+    mirrors = dict.fromkeys(feed.mirror_id for feed in feeds)
+    rows = (sql.SQL("(cdc.written(), {})").format(sql.Literal(mirror)) for mirror in mirrors)
+    return sql.SQL(_ALL).format(mirrors=sql.SQL(", ").join(rows))
 
 
 def _keys(feeds: Sequence[Feed], table: str) -> sql.Composed:
@@ -234,7 +240,7 @@ def _one_pair(feeds: Sequence[Feed]) -> sql.Composed:
     return sql.SQL(_ONE_PAIR).format(
         old=_rows(feeds, "cdc_old", seen=True),
         new=_rows(feeds, "cdc_new", seen=True),
-        candidates=_each(feeds, _ONE_PAIR_CANDIDATES, ", "),
+        feeds=_each(feeds, _ONE_PAIR_KEYS, " union all "),
     )
 
 

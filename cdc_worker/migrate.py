@@ -14,7 +14,16 @@ import psycopg
 import structlog
 from psycopg import sql
 
-from cdc_worker.capture import EVENTS, Feed, create_function, create_trigger, function_body, function_name, trigger_name
+from cdc_worker.capture import (
+    EVENTS,
+    Feed,
+    create_function,
+    create_trigger,
+    function_body,
+    function_name,
+    shared_function_name,
+    trigger_name,
+)
 from cdc_worker.catalog import check, find_table
 from cdc_worker.database import Connection, begin, connect, fetch, first_lines
 from cdc_worker.errors import ConfigError, SchemaError
@@ -200,54 +209,57 @@ async def _register(connection: Connection, mirrors: Sequence[Mirror]) -> dict[s
 async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids: dict[str, int]) -> set[int]:
     """Table by table, each in a transaction of its own, so that no table is locked while another is waited for.
 
-    Returns the mirrors whose tables had none, or not all: until now their changes were captured by nobody.
+    Returns the mirrors whose tables had none, or not all: until now their changes were captured by nobody. Those of
+    earlier versions, which called one function for all events, did capture.
     """
     uncaptured: set[int] = set()
     wanted = await _wanted(connection, mirrors, ids)
     functions: dict[str, str] = dict(await fetch(connection, _FUNCTIONS))
-    bodies: dict[str, str] = {}
-    for _, _, name, feeds in wanted.values():
-        bodies.setdefault(name, function_body(feeds))
     existing: dict[int, dict[str, str]] = {}
     places: dict[int, tuple[str, str]] = {}
     for oid, schema, table, trigger, function in await fetch(connection, _CAPTURED):
         existing.setdefault(oid, {})[trigger] = function
         places[oid] = (schema, table)
 
-    for name, body in bodies.items():
-        if functions.get(name) != body:
+    kept: set[str] = set()
+    for oid, (schema, table, feeds) in wanted.items():
+        bodies = {function_name(schema, table, event): function_body(feeds, event) for event in EVENTS}
+        kept.update(bodies)
+        changed = {name: body for name, body in bodies.items() if functions.get(name) != body}
+        if changed:
 
-            async def replace(name: str = name, body: str = body) -> None:
-                await connection.execute(create_function(name, body))
+            async def replace(changed: dict[str, str] = changed) -> None:
+                for name, body in changed.items():
+                    await connection.execute(create_function(name, body))
 
             await _transaction(connection, replace)
-            log.info("capture.function", function=name)
-    for oid, (schema, table, name, feeds) in wanted.items():
+            log.info("capture.functions", table=f"{schema}.{table}")
         have = existing.get(oid, {})
-        missing = [event for event in EVENTS if have.get(trigger_name(event)) != name]
+        called = {trigger_name(event): function_name(schema, table, event) for event in EVENTS}
+        missing = [event for event in EVENTS if have.get(trigger_name(event)) != function_name(schema, table, event)]
         if missing:
-            drops = [trigger for trigger in have if have[trigger] != name]
             statements = [
-                *_drops(schema, table, drops),
-                *(create_trigger(name, schema, table, event) for event in missing),
+                *_drops(schema, table, [trigger for trigger in have if have[trigger] != called.get(trigger)]),
+                *(create_trigger(function_name(schema, table, event), schema, table, event) for event in missing),
             ]
             await _change_table(connection, f"{schema}.{table}", statements)
-            uncaptured |= {feed.mirror_id for feed in feeds}
+            if any(have.get(trigger_name(event)) != shared_function_name(schema, table) for event in missing):
+                uncaptured |= {feed.mirror_id for feed in feeds}
             log.info("capture.installed", table=f"{schema}.{table}")
     for oid, have in existing.items():
         if oid not in wanted:
             await _change_table(connection, ".".join(places[oid]), _drops(*places[oid], have))
             log.info("capture.removed", table=".".join(places[oid]))
     for name in functions:
-        if name not in bodies:
+        if name not in kept:
             await connection.execute(sql.SQL("drop function if exists cdc.{}()").format(sql.Identifier(name)))
     return uncaptured
 
 
 async def _wanted(
     connection: Connection, mirrors: Sequence[Mirror], ids: dict[str, int]
-) -> dict[int, tuple[str, str, str, tuple[Feed, ...]]]:
-    """By table: schema, name, capture function and what it feeds. A partition shares its parent's function."""
+) -> dict[int, tuple[str, str, tuple[Feed, ...]]]:
+    """By table: schema, name, and what it feeds."""
     feeds: dict[int, list[Feed]] = {}
     tables: dict[int, tuple[str, str]] = {}
     for mirror in mirrors:
@@ -256,7 +268,7 @@ async def _wanted(
             for heir, schema, table in await fetch(connection, _HEIRS, oid):
                 feeds.setdefault(heir, []).append(Feed(ids[mirror.name], source))
                 tables[heir] = (schema, table)
-    return {oid: (*tables[oid], function_name(*tables[oid]), tuple(found)) for oid, found in feeds.items()}
+    return {oid: (*tables[oid], tuple(found)) for oid, found in feeds.items()}
 
 
 def _drops(schema: str, table: str, triggers: Sequence[str] | dict[str, str]) -> list[sql.Composed]:

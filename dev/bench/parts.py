@@ -11,7 +11,7 @@ import psycopg
 from cdc_worker.capture import GATE
 from dev.bench.results import Bench, Results, Row
 from dev.bench.stage import ROWS, Stage, stage
-from dev.bench.triggers import ONLY_THE_KEY, add_triggers, captured
+from dev.bench.triggers import EVENTS, add_triggers, captured, only_the_key
 
 # Statements of one row in a loop in the server, together in one transaction or each in its own.
 _LOOP: Final = """
@@ -28,29 +28,32 @@ begin
     end loop;
 end $$
 """
+_SEARCH_PATH: Final = """
+alter function {insert} set search_path = pg_catalog, pg_temp;
+alter function {update} set search_path = pg_catalog, pg_temp;
+alter function {delete} set search_path = pg_catalog, pg_temp;
+"""
 _NOTHING: Final = "begin return null; end"
 _GUARD: Final = """
 begin
     begin
-        if tg_op = 'DELETE' then perform cdc_old.id from cdc_old limit 0;
-        else perform cdc_new.id from cdc_new limit 0;
-        end if;
+        perform {rows}.id from {rows} limit 0;
     exception when others then return null;
     end;
-    if tg_op"""
+"""
 # Instead of statement triggers with their transition tables.
 _ROW: Final = """
 begin
-    insert into cdc.outbox_0 (mirror, key) values (1, (case when tg_op = 'DELETE' then old.id else new.id end)::text);
-    if not pg_try_advisory_xact_lock_shared({}, {}) then perform pg_notify('cdc_outbox', ''); end if;
+    insert into cdc.outbox_0 (mirror, key) values (1, {row}.id::text);
+    if not pg_try_advisory_xact_lock_shared({gate}) then perform pg_notify('cdc_outbox', ''); end if;
     return null;
 end
-""".format(*GATE)  # noqa: S608  # our own text
+"""
 _ROW_TRIGGERS: Final = """
 drop trigger cdc_insert on {table}; drop trigger cdc_update on {table}; drop trigger cdc_delete on {table};
-create trigger cdc_insert after insert on {table} for each row execute function {function};
-create trigger cdc_update after update on {table} for each row when (old.* *<> new.*) execute function {function};
-create trigger cdc_delete after delete on {table} for each row execute function {function};
+create trigger cdc_insert after insert on {table} for each row execute function {insert};
+create trigger cdc_update after update on {table} for each row when (old.* *<> new.*) execute function {update};
+create trigger cdc_delete after delete on {table} for each row execute function {delete};
 """
 
 
@@ -63,28 +66,36 @@ class Part:
     """A table whose triggers are as capture makes them, but for one thing."""
 
     what: str
-    # The function's body, from capture's; None: no triggers at all.
-    body: Callable[[str], str] | None = lambda body: body
-    # Beforehand and afterwards; `{function}` is the function, `{table}` the table.
+    # The body of an event's function, from the event and capture's body; None: no triggers at all.
+    body: Callable[[str, str], str] | None
+    # Beforehand; and afterwards, where `{insert}` is that event's function, and `{table}` the table.
     before: str = ""
     after: str = ""
 
 
-def _put(pattern: str, instead: str) -> Callable[[str], str]:
-    def change(body: str) -> str:
-        changed, times = re.subn(pattern, instead, body, flags=re.DOTALL)
-        if times == 0:
-            raise Misfit(pattern)
-        return changed
+def _as_it_is(event: str, body: str) -> str:
+    del event
+    return body
 
-    return change
+
+def _put(pattern: str, instead: str) -> Callable[[str, str], str]:
+    return lambda event, body: re.sub(pattern, instead.replace("{rows}", _rows(event)), body, flags=re.DOTALL)
+
+
+def _rows(event: str) -> str:
+    return "cdc_old" if event == "delete" else "cdc_new"
+
+
+def _row(event: str, body: str) -> str:
+    del body
+    return _ROW.format(row="old" if event == "delete" else "new", gate=", ".join(map(str, GATE)))
 
 
 _PARTS: Final = (
     Part("the table without triggers", None),
-    Part("a trigger that does nothing", lambda _: _NOTHING),
-    Part("a trigger that only writes the key", lambda _: ONLY_THE_KEY),
-    Part("**capture as it is**"),
+    Part("a trigger that does nothing", lambda *_: _NOTHING),
+    Part("a trigger that only writes the key", lambda event, _: only_the_key(event)),
+    Part("**capture as it is**", _as_it_is),
     Part("without the doorbell", _put(r"and not pg_catalog\.pg_try_advisory_xact_lock_shared\([^)]*\)", "and false")),
     Part(
         "without asking which partition is written",
@@ -110,9 +121,9 @@ _PARTS: Final = (
         _put(r"cdc\.outbox_0", "cdc.outbox"),
         "alter table cdc.outbox alter slot set default 0",
     ),
-    Part("as row triggers", lambda _: _ROW, after=_ROW_TRIGGERS),
-    Part("with `set search_path`", after="alter function {function} set search_path = pg_catalog, pg_temp"),
-    Part("with a block that finds columns gone", _put(r"\nbegin\n    if tg_op", _GUARD)),
+    Part("as row triggers", _row, after=_ROW_TRIGGERS),
+    Part("with `set search_path`", _as_it_is, after=_SEARCH_PATH),
+    Part("with a block that finds columns gone", _put(r"\nbegin\n", _GUARD)),
 )
 
 
@@ -164,9 +175,13 @@ def _make(on: Stage, part: Part, table: str) -> None:
         return
     if part.before:
         on.execute(part.before)
-    name = add_triggers(on, table, part.body(captured(table)))
+    ours = {event: captured(table, event) for event in EVENTS}
+    bodies = {event: part.body(event, body) for event, body in ours.items()}
+    if bodies == ours and part.body is not _as_it_is:
+        raise Misfit(part.what)
+    functions = add_triggers(on, table, bodies)
     if part.after:
-        on.execute(part.after.format(function=f"cdc.{name}()", table=table))
+        on.execute(part.after.format(table=table, **functions))
 
 
 def _cpu_seconds(backend: psycopg.Connection) -> float:

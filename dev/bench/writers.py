@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 from dev.bench.results import Bench, Results, Row, median
 from dev.bench.stage import ROWS, Stage, stage
-from dev.bench.triggers import ONLY_THE_KEY, add_triggers
+from dev.bench.triggers import EVENTS, add_triggers, only_the_key
 from dev.postgres import Server
 
 Table = Literal["bench_plain", "bench_floor", "bench_event"]
@@ -68,7 +68,7 @@ def writers(bench: Bench, results: Results) -> list[Row]:
     del results
     with stage(bench.server) as on:
         on.execute("create table bench_floor (like bench_plain including all)")
-        add_triggers(on, "bench_floor", ONLY_THE_KEY)
+        add_triggers(on, "bench_floor", {event: only_the_key(event) for event in EVENTS})
         for table in TABLES:
             on.rows = 0
             on.add(bench.size(_LOADED, 1_000), table=table)

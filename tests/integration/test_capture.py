@@ -59,6 +59,19 @@ def test_a_key_that_moves_is_captured_under_both_names(opened: Open) -> None:
     assert sorted(key or "" for key in db.captured()) == ["a", "a2", "b", "b2"]
 
 
+def test_one_row_whose_key_moves_is_one_row_of_the_log(opened: Open) -> None:
+    db = opened("create table t (id text, note text)")
+    db.execute("insert into t values ('a')")
+    for written in ("id = 'b'", "id = null", "id = null, note = 'x'", "id = 'c'"):
+        db.execute(f"update t set {written}")
+    assert db.execute("select key, keys from cdc.outbox order by id") == [
+        ("a", None),
+        ("b", ["b", "a"]),
+        ("b", None),
+        ("c", None),
+    ]
+
+
 def test_rows_that_swap_their_keys_are_both_captured(opened: Open) -> None:
     db = opened("create table t (id text primary key deferrable initially deferred, note text)")
     db.execute("insert into t values ('a', 'of a'), ('b', 'of b')")
