@@ -78,8 +78,9 @@ class Parking:
         self._shard = shard
         self._lease = (shard.name, token)
         self.count = 0
-        # Of keys of broken mirrors, by reason: when some were said last (monotonic), and how many have come since.
-        self._broken_said: dict[str, tuple[float, int]] = {}
+        # Of broken mirrors (a reason is worded anew now and then): when some keys were said last (monotonic), and how
+        # many have come since.
+        self._broken_said: dict[int, tuple[float, int]] = {}
 
     async def load(self) -> None:
         ((self.count,),) = await self._database.execute(_COUNT)
@@ -100,9 +101,11 @@ class Parking:
         if not parked:
             raise Fenced(f"shard {self._shard} has another reader now")
         self.count += sum(new for (new,) in parked)
-        each = Counter(reasons.values()).most_common()
-        for (kind, reason), keys_hit in each[:_REASONS_SAID]:
-            if to_say := self._unsaid(reason, keys_hit) if kind == "mirror" else keys_hit:
+        each = Counter(
+            (kind, reason, mirror if kind == "mirror" else None) for (mirror, _), (kind, reason) in reasons.items()
+        ).most_common()
+        for (kind, reason, broken), keys_hit in each[:_REASONS_SAID]:
+            if to_say := keys_hit if broken is None else self._unsaid(broken, keys_hit):
                 log.error("key.parked", kind=kind, reason=reason, keys=to_say, parked_keys=self.count)
         if others := each[_REASONS_SAID:]:
             log.error(
@@ -113,12 +116,12 @@ class Parking:
                 parked_keys=self.count,
             )
 
-    def _unsaid(self, reason: str, keys: int) -> int:
+    def _unsaid(self, mirror: int, keys: int) -> int:
         """How many keys are to be said now, with those that have not been; 0 if it is too soon."""
-        said, before = self._broken_said.get(reason, (-math.inf, 0))
+        said, before = self._broken_said.get(mirror, (-math.inf, 0))
         now = time.monotonic()
         is_due = now - said > _BROKEN_REMINDER_SECONDS
-        self._broken_said[reason] = (now, 0) if is_due else (said, before + keys)
+        self._broken_said[mirror] = (now, 0) if is_due else (said, before + keys)
         return before + keys if is_due else 0
 
     async def settle(self, good: Iterable[tuple[int, str]]) -> None:

@@ -479,6 +479,8 @@ async def test_a_query_that_breaks_parks_its_keys_and_comes_back(
 async def test_keys_of_a_broken_mirror_are_not_said_with_each_write(
     db: Database, work: Work, user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Whoever looks whether it was mended puts the reason in other words.
+    monkeypatch.setattr(care, "_MENDING_SECONDS", 0.05)
     async with work() as running:
         await running.said("backfill.done", times=2)
         await asyncio.to_thread(db.execute, """alter table "CheckIn" rename column note to remark""")
