@@ -67,6 +67,7 @@ _COLUMNS: Final = {
     "insert_together_us": ("insert, one transaction", 1),
     "insert_each_us": ("insert, each its own", 1),
     "update_each_us": ("update, each its own", 1),
+    "first_update_us": ("a connection's first update", 0),
     "bulk_insert_us": ("a row of 10,000 inserted", 2),
     "bulk_update_us": ("updated", 2),
     "bulk_delete_us": ("deleted", 2),
