@@ -268,6 +268,22 @@ def test_a_table_that_was_made_anew_asks_for_a_rescan(db: Database) -> None:
     assert db.execute("select phase from cdc.backfill") == [("rows",)]
 
 
+def test_a_table_that_was_made_anew_is_not_forgotten_by_a_migrate_that_ends_early(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The next one finds the triggers in place: only what this one noted says that they were missing.
+    db.execute(T)
+    db.migrate([rows_of("t")])
+    db.execute("update cdc.backfill set phase = 'done'")
+    db.execute(f"drop table t; {T}; insert into t values ('unseen')")
+    with monkeypatch.context() as killed:
+        killed.setattr(migrating, "_finish", None)
+        with pytest.raises(TypeError):
+            db.migrate([rows_of("t")])
+    db.migrate([rows_of("t")])
+    assert db.execute("select phase, reason from cdc.backfill") == [("rows", "a source had no triggers")]
+
+
 # A wrong config, and the words that say so.
 
 
