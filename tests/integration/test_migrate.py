@@ -308,6 +308,7 @@ WRONG = {
     "view": (activity(GOOD, table="a_view"), "a_view is a view: name the tables it is made from"),
     "materialized view": (activity(GOOD, table="a_copy"), "a_copy is a materialized view"),
     "sequence": (activity(GOOD, table="a_sequence"), "a_sequence is a sequence"),
+    "partition": (activity(GOOD, table="a_part"), "a_part is a partition of parted.*: name parted"),
     "missing key column": (activity(GOOD, key=("nothing",)), r"table t has no column nothing \(it has id, at, n, "),
     "missing watched column": (activity(GOOD, watch=("nothing",)), "table t has no column nothing"),
     "source's key of another type": (activity(GOOD, key=("n",)), r"column n of t has another type than the key .*text"),
@@ -347,6 +348,7 @@ def test_a_wrong_config_is_refused_before_anything_is_changed(db: Database, what
         """
         create table t (id text, at timestamptz, n int, body json);
         create view a_view as select * from t; create materialized view a_copy as select * from t;
+        create table parted (like t) partition by list (id); create table a_part partition of parted default;
         create sequence a_sequence; create table "Mixed" (id text); create table good (id text)
         """
     )
