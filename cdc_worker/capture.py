@@ -110,7 +110,7 @@ _FEW_AND_MORE = """{few}
     if capture.written operator(pg_catalog.=) {few_are} then
         {more}
     end if;"""
-_ONE_OR_MORE = """if exists (select from cdc_new offset 1) then
+_ONE_OR_MORE = """if exists (select from cdc_old offset 1) then
         {more}
     else
         {one}
@@ -163,12 +163,13 @@ _MORE_KEYS = """
             group by k.mirror, k.place operator(pg_catalog./) {keys_in_a_row}"""
 
 # The old and the new rows of an UPDATE are paired by their place, since nothing else joins them when the key itself may
-# change; a single new one has every old one. Any pairing is safe: rows paired wrongly either differ, and both keys are
-# marked, or are alike to the last byte. An old row may be alone: a trigger can swallow one that moves to another
-# partition. A full join can only be hashed or merged, so that a plan made for few rows still serves a statement of a
-# million. Its second condition says nothing new but to the planner, who else expects a hundred times as many pairs.
-# `offset 0` keeps it from carrying on whole rows where the keys are enough.
-_ONE_PAIR = """select c.mirror, c.key, c.keys
+# change. Any pairing is safe: rows paired wrongly either differ, and both keys are marked, or are alike to the last
+# byte. An old row may be alone: a trigger can swallow one that moves to another partition. A full join can only be
+# hashed or merged, so that a plan made for few rows still serves a statement of a million. Its second condition says
+# nothing new but to the planner, who else expects a hundred times as many pairs. `offset 0` keeps it from carrying on
+# whole rows where the keys are enough.
+# A row of the log never has both, `key` and `keys`: workers of 0.1.0 know `key` alone, and would miss the others.
+_ONE_PAIR = """select c.mirror, case when c.keys is null then c.key end, c.keys
             from {old} as o left join {new} as n on true
             cross join lateral ({feeds}) as c
             where c.key is not null and c.changed or c.missing"""

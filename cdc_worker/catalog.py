@@ -29,7 +29,8 @@ _TIMES = {1114, 1184, 1082}  # timestamp, timestamptz, date
 _JSON = {114, 3802}
 
 _RELATION = """
-select c.oid, c.relkind, n.nspname, c.relname
+select c.oid, c.relkind, n.nspname, c.relname,
+       (select string_agg(inhparent::regclass::text, ', ') from pg_inherits where inhrelid = c.oid and c.relispartition)
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
 where c.oid = to_regclass($1)
 """
@@ -136,10 +137,16 @@ async def find_table(connection: Connection, mirror: Mirror, source: Source) -> 
             f"there is no table {source.table} (write it as in SQL: '\"CheckIn\"' or 'app.orders';"
             " capital letters need the double quotes)",
         )
-    oid, kind, schema, name = found[0]
+    oid, kind, schema, name, parent = found[0]
     if kind not in {"r", "p"}:
         raise _wrong(
             mirror, f"source {source.table} is {_KINDS.get(kind, 'no table')}: name the tables it is made from"
+        )
+    if parent:  # a statement fires the triggers of the table that it names
+        raise _wrong(
+            mirror,
+            f"source {source.table} is a partition of {parent}, and what is written to that passes by a partition's"
+            f" triggers: name {parent}",
         )
     if schema == "cdc":
         raise _wrong(mirror, f"source {source.table} belongs to the worker itself")

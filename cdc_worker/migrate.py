@@ -5,7 +5,7 @@ at once.
 import asyncio
 import hashlib
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -74,6 +74,7 @@ on conflict (mirror) do update set
     with_documents = excluded.with_documents or (cdc.backfill.with_documents and cdc.backfill.phase <> 'done'),
     reason = excluded.reason, requested_at = now(), finished_at = null
 """
+_UNCAPTURED = "a source had no triggers"
 _CAPTURED = """
 select t.tgrelid, n.nspname, c.relname, t.tgname, case when t.tgenabled = 'A' then p.proname else '' end
 from pg_trigger t
@@ -242,9 +243,11 @@ async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids
                 *_drops(schema, table, [trigger for trigger in have if have[trigger] != called.get(trigger)]),
                 *(create_trigger(function_name(schema, table, event), schema, table, event) for event in missing),
             ]
-            await _change_table(connection, f"{schema}.{table}", statements)
+            fed: set[int] = set()
             if any(have.get(trigger_name(event)) != shared_function_name(schema, table) for event in missing):
-                uncaptured |= {feed.mirror_id for feed in feeds}
+                fed = {feed.mirror_id for feed in feeds}
+            await _change_table(connection, f"{schema}.{table}", statements, fed)
+            uncaptured |= fed
             log.info("capture.installed", table=f"{schema}.{table}")
     for oid, have in existing.items():
         if oid not in wanted:
@@ -278,8 +281,13 @@ def _drops(schema: str, table: str, triggers: Sequence[str] | dict[str, str]) ->
     ]
 
 
-async def _change_table(connection: Connection, table: str, statements: Sequence[sql.Composed]) -> None:
+async def _change_table(
+    connection: Connection, table: str, statements: Sequence[sql.Composed], uncaptured: Collection[int] = ()
+) -> None:
     async def change() -> None:
+        # Asked for once more at the end. But if this is the end, the next `migrate` sees nothing amiss.
+        for mirror_id in uncaptured:
+            await connection.execute(RESCAN, (mirror_id, True, _UNCAPTURED))
         for statement in statements:
             await connection.execute(statement)
 
@@ -324,7 +332,7 @@ async def _finish(connection: Connection, mirrors: Sequence[Mirror], uncaptured:
                 if definition == ""
                 else "definition changed"
                 if definition != mirror.definition
-                else "a source had no triggers"
+                else _UNCAPTURED
             )
             await connection.execute(RESCAN, (number, True, reason))
             log.info("backfill.requested", mirror=mirror.name, reason=reason)

@@ -268,6 +268,22 @@ def test_a_table_that_was_made_anew_asks_for_a_rescan(db: Database) -> None:
     assert db.execute("select phase from cdc.backfill") == [("rows",)]
 
 
+def test_a_table_that_was_made_anew_is_not_forgotten_by_a_migrate_that_ends_early(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The next one finds the triggers in place: only what this one noted says that they were missing.
+    db.execute(T)
+    db.migrate([rows_of("t")])
+    db.execute("update cdc.backfill set phase = 'done'")
+    db.execute(f"drop table t; {T}; insert into t values ('unseen')")
+    with monkeypatch.context() as killed:
+        killed.setattr(migrating, "_finish", None)
+        with pytest.raises(TypeError):
+            db.migrate([rows_of("t")])
+    db.migrate([rows_of("t")])
+    assert db.execute("select phase, reason from cdc.backfill") == [("rows", "a source had no triggers")]
+
+
 # A wrong config, and the words that say so.
 
 
@@ -292,6 +308,7 @@ WRONG = {
     "view": (activity(GOOD, table="a_view"), "a_view is a view: name the tables it is made from"),
     "materialized view": (activity(GOOD, table="a_copy"), "a_copy is a materialized view"),
     "sequence": (activity(GOOD, table="a_sequence"), "a_sequence is a sequence"),
+    "partition": (activity(GOOD, table="a_part"), "a_part is a partition of parted.*: name parted"),
     "missing key column": (activity(GOOD, key=("nothing",)), r"table t has no column nothing \(it has id, at, n, "),
     "missing watched column": (activity(GOOD, watch=("nothing",)), "table t has no column nothing"),
     "source's key of another type": (activity(GOOD, key=("n",)), r"column n of t has another type than the key .*text"),
@@ -331,6 +348,7 @@ def test_a_wrong_config_is_refused_before_anything_is_changed(db: Database, what
         """
         create table t (id text, at timestamptz, n int, body json);
         create view a_view as select * from t; create materialized view a_copy as select * from t;
+        create table parted (like t) partition by list (id); create table a_part partition of parted default;
         create sequence a_sequence; create table "Mixed" (id text); create table good (id text)
         """
     )
