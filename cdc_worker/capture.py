@@ -16,6 +16,7 @@ prepares it anew in each transaction.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import LiteralString
@@ -37,6 +38,12 @@ class Feed:
 
     mirror_id: int
     source: Source
+
+    @property
+    def digest(self) -> str:
+        """Stands in the function's body, so that `migrate` knows what was fed so far."""
+        text = "\x00".join((str(self.mirror_id), *self.source.key, "", *self.source.watch))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def function_name(schema: str, table: str, event: str) -> str:
@@ -64,11 +71,15 @@ def function_body(feeds: Iterable[Feed], event: str) -> str:
             written = _one_or_more(feeds)
         case _:
             written = _all(feeds)
-    return (
-        sql.SQL(_BODY)
-        .format(written=written, gate=sql.SQL(", ").join(map(sql.Literal, GATE)), channel=sql.Literal(CHANNEL))
-        .as_string()
+    body = sql.SQL(_BODY).format(
+        written=written, gate=sql.SQL(", ").join(map(sql.Literal, GATE)), channel=sql.Literal(CHANNEL)
     )
+    return "".join(f"-- feeds {feed.digest}\n" for feed in feeds) + body.as_string()
+
+
+def digests(body: str) -> set[str]:
+    """Of what a function's body feeds."""
+    return set(re.findall("^-- feeds (.*)$", body, re.MULTILINE))
 
 
 def create_function(name: str, body: str) -> sql.Composed:
@@ -118,8 +129,7 @@ _ONE_OR_MORE = """if exists (select from cdc_old offset 1) then
     get diagnostics written = row_count;"""
 _ALL = """insert into cdc.outbox (slot, mirror) values {mirrors};
     get diagnostics written = row_count;"""
-_BODY = """
-#variable_conflict use_column
+_BODY = """#variable_conflict use_column
 <<capture>>
 declare
     written pg_catalog.int8;

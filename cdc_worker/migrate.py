@@ -19,6 +19,7 @@ from cdc_worker.capture import (
     Feed,
     create_function,
     create_trigger,
+    digests,
     function_body,
     function_name,
     shared_function_name,
@@ -210,8 +211,7 @@ async def _register(connection: Connection, mirrors: Sequence[Mirror]) -> dict[s
 async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids: dict[str, int]) -> set[int]:
     """Table by table, each in a transaction of its own, so that no table is locked while another is waited for.
 
-    Returns the mirrors whose tables had none, or not all: until now their changes were captured by nobody. Those of
-    earlier versions, which called one function for all events, did capture.
+    Returns the mirrors of which not all changes were captured until now.
     """
     uncaptured: set[int] = set()
     wanted = await _wanted(connection, mirrors, ids)
@@ -226,29 +226,23 @@ async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids
     for oid, (schema, table, feeds) in wanted.items():
         bodies = {function_name(schema, table, event): function_body(feeds, event) for event in EVENTS}
         kept.update(bodies)
-        changed = {name: body for name, body in bodies.items() if functions.get(name) != body}
-        if changed:
-
-            async def replace(changed: dict[str, str] = changed) -> None:
-                for name, body in changed.items():
-                    await connection.execute(create_function(name, body))
-
-            await _transaction(connection, replace)
-            log.info("capture.functions", table=f"{schema}.{table}")
         have = existing.get(oid, {})
-        called = {trigger_name(event): function_name(schema, table, event) for event in EVENTS}
-        missing = [event for event in EVENTS if have.get(trigger_name(event)) != function_name(schema, table, event)]
-        if missing:
-            statements = [
-                *_drops(schema, table, [trigger for trigger in have if have[trigger] != called.get(trigger)]),
-                *(create_trigger(function_name(schema, table, event), schema, table, event) for event in missing),
-            ]
-            fed: set[int] = set()
-            if any(have.get(trigger_name(event)) != shared_function_name(schema, table) for event in missing):
-                fed = {feed.mirror_id for feed in feeds}
-            await _change_table(connection, f"{schema}.{table}", statements, fed)
-            uncaptured |= fed
-            log.info("capture.installed", table=f"{schema}.{table}")
+        right = {trigger_name(event): function_name(schema, table, event) for event in EVENTS}
+        missing = [event for event in EVENTS if have.get(trigger_name(event)) != right[trigger_name(event)]]
+        changed = {name: body for name, body in bodies.items() if functions.get(name) != body}
+        if not missing and not changed:
+            continue
+        unfed = _unfed(feeds, [have.get(trigger) for trigger in right], functions, shared_function_name(schema, table))
+        statements = [
+            # Writers that called the functions as they were commit first: a rescan does not see their rows before.
+            sql.SQL("lock table only {} in share row exclusive mode").format(sql.Identifier(schema, table)),
+            *(create_function(name, body) for name, body in changed.items()),
+            *_drops(schema, table, [trigger for trigger in have if have[trigger] != right.get(trigger)]),
+            *(create_trigger(right[trigger_name(event)], schema, table, event) for event in missing),
+        ]
+        await _change_table(connection, f"{schema}.{table}", statements, unfed)
+        uncaptured |= unfed
+        log.info("capture.installed", table=f"{schema}.{table}")
     for oid, have in existing.items():
         if oid not in wanted:
             await _change_table(connection, ".".join(places[oid]), _drops(*places[oid], have))
@@ -257,6 +251,14 @@ async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids
         if name not in kept:
             await connection.execute(sql.SQL("drop function if exists cdc.{}()").format(sql.Identifier(name)))
     return uncaptured
+
+
+def _unfed(feeds: Sequence[Feed], called: Sequence[str | None], functions: dict[str, str], shared: str) -> set[int]:
+    """The mirrors that not all of a table's triggers have fed, by the functions that they call."""
+    if all(name == shared for name in called):
+        return set()  # 0.1.0 wrote down nowhere what it fed: that is as cdc.mirror says
+    fed = set.intersection(*(digests(functions.get(name or "", "")) for name in called))
+    return {feed.mirror_id for feed in feeds if feed.digest not in fed}
 
 
 async def _wanted(

@@ -560,6 +560,40 @@ def test_a_long_writer_is_waited_for_and_nobody_waits_behind_us(db: Database) ->
     assert captured_tables(db) == {"t"}
 
 
+def test_a_writer_is_waited_for_before_its_table_feeds_another_mirror(db: Database) -> None:
+    # What it has written is captured for the first mirror only, and a rescan does not see it yet.
+    db.execute(T)
+    db.migrate([rows_of("t")])
+    with psycopg.connect(db.dsn) as writer:
+        writer.execute("insert into t values ('a')")
+        with migrating_aside(db.dsn, [rows_of("t"), rows_of("t", name="again")]) as busy:
+            wait_until(lambda: db.one("select count(*) from pg_locks where not granted") == 1)
+            assert db.one("select count(*) from cdc.backfill") == 1
+            assert busy()
+            writer.commit()
+    assert db.execute("select m.name from cdc.backfill join cdc.mirror m on m.id = mirror") == [("rows",), ("again",)]
+    db.captured()
+    db.execute("insert into t values ('b')")
+    assert db.captured_by_mirror() == [("again", "b"), ("rows", "b")]
+
+
+def test_what_a_migrate_that_failed_has_left_out_is_scanned_anew(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    db.execute(T)
+    both = [rows_of("t"), rows_of("t", name="again")]
+    db.migrate(both)
+    db.execute("update cdc.backfill set phase = 'done'")
+    with monkeypatch.context() as killed:
+        killed.setattr(migrating, "_finish", None)
+        with pytest.raises(TypeError):
+            db.migrate(both[:1])
+    db.execute("insert into t values ('unseen')")
+    assert db.captured_by_mirror() == [("rows", "unseen")]
+    # Back to how it was, which is as cdc.mirror has it all along.
+    db.migrate(both)
+    phases = "select m.name, b.phase from cdc.backfill b join cdc.mirror m on m.id = b.mirror order by name"
+    assert db.execute(phases) == [("again", "rows"), ("rows", "done")]
+
+
 @pytest.mark.one_postgres
 def test_a_busy_table_is_given_up_in_words(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(migrating, "_TABLE_TRIES", 2)
