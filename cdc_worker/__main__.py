@@ -187,7 +187,9 @@ def replay(
     hours: Annotated[
         float,
         typer.Argument(
-            help="How far back: to the beginning of the transaction that changed it, so ask for more.", min=0, max=8760
+            help="How far back. A change counts from when its transaction began, so rather ask for more.",
+            min=0,
+            max=8760,
         ),
     ],
     mirror: Annotated[str | None, typer.Argument(help="Only this mirror; otherwise all of them.")] = None,

@@ -165,6 +165,9 @@ async def test_parked_keys_are_listed_retried_and_dropped(
 
         assert command("parked", "drop").returncode != 0, "all of them, and nobody to ask"
         assert line(command("parked", "drop", "--yes"), "parked.dropped")[0]["keys"] == 1
+        since = len(running.log.of("worker.heartbeat"))
+        # The last of two began after it.
+        assert (await running.said("worker.heartbeat", times=since + 2))["parked_keys"] == 0
         assert "Nothing is parked." in command("parked", "list").stdout
 
 
