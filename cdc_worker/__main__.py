@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, TypeVar
 
@@ -187,7 +188,9 @@ def replay(
     hours: Annotated[
         float,
         typer.Argument(
-            help="How far back: to the beginning of the transaction that changed it, so ask for more.", min=0, max=8760
+            help="How far back. A change counts from when its transaction began, so rather ask for more.",
+            min=0,
+            max=8760,
         ),
     ],
     mirror: Annotated[str | None, typer.Argument(help="Only this mirror; otherwise all of them.")] = None,
@@ -205,13 +208,18 @@ def replay(
 async def _replay(database: Database, mirrors: Sequence[Mirror], hours: float) -> None:
     ids = await _ids(database, mirrors)
     done = await mark_again(database, [ids[mirror.name] for mirror in mirrors], hours)
-    log.info("replay.marked", keys=done.keys, since=f"{done.since:%Y-%m-%dT%H:%M:%SZ}")
+    log.info("replay.marked", keys=done.keys, since=_utc(done.since))
     if done.log_begins is not None and done.log_begins > done.since:
         log.warning(
             "replay.cut_short",
-            log_begins=f"{done.log_begins:%Y-%m-%dT%H:%M:%SZ}",
+            log_begins=_utc(done.log_begins),
             cure="the log has nothing from before; if anything changed then, `cdc-worker backfill` finds it",
         )
+
+
+def _utc(at: datetime) -> str:
+    """As the log has its times; the session's zone may be another."""
+    return f"{at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 parked = typer.Typer(
@@ -242,8 +250,8 @@ def parked_list(
             each.kind,
             Text(each.reason),
             str(each.attempts),
-            f"{each.first_at:%Y-%m-%d %H:%M:%S}",
-            f"{each.last_at:%Y-%m-%d %H:%M:%S}",
+            _utc(each.first_at),
+            _utc(each.last_at),
         )
     # A pipe gets whole lines, however long they are.
     console = Console() if sys.stdout.isatty() else Console(width=1_000)

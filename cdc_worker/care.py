@@ -257,7 +257,7 @@ async def heartbeat(
             lag_seconds=round(time.monotonic() - since, 1) if since is not None else 0.0,
             backlog=await _backlog(database, shard, reader),
             keys_under_way=lanes.keys,
-            parked_keys=parking.count,
+            parked_keys=await parking.in_database(),
             batch_keys=pace.keys,
             batches_in_flight=pace.in_flight,
             **tally.take(),

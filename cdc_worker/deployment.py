@@ -30,7 +30,7 @@ _CURES: Mapping[str | int, str] = {
     "InvalidAdminKey": "is CONVEX_DEPLOY_KEY whole?",
     401: "CONVEX_DEPLOY_KEY does not belong to this deployment",
     403: "CONVEX_DEPLOY_KEY may not do this: make a new deploy key in the dashboard",
-    404: "there is no deployment at CONVEX_URL (in the cloud it ends in .convex.cloud, not in .convex.site)",
+    404: "there is no deployment at CONVEX_URL (in the cloud it ends in .convex.cloud, not in .convex.site or a path)",
 }
 # These may be about the one request, or about all of them: whoever sent it finds out.
 _REFUSALS = {

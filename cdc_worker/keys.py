@@ -18,7 +18,7 @@ _LIKE = {
 
 
 def key_arrays(keys: Sequence[str], types: Sequence[str]) -> list[str]:
-    """Those keys that a row can have, as array literals, one for each column of the key; none if there is no such key.
+    """Those keys that a row can have, as array literals, one for each column of the key; empty if there is no such key.
 
     The driver's own arrays cost more than all else that is done to a key: each text is looked at in Python.
     """
@@ -26,12 +26,14 @@ def key_arrays(keys: Sequence[str], types: Sequence[str]) -> list[str]:
         columns: list[Sequence[str]] = [[key for key in keys if _is_like(key, types[0])]]
     else:
         possible = [parts for key in keys if (parts := key_parts(key, types)) is not None]
-        columns = list(zip(*possible, strict=True))
-    return [_array(column) for column in columns if column]
+        columns = [[parts[n] for parts in possible] for n in range(len(types))]
+    return [_array(column) for column in columns]
 
 
 def _array(texts: Sequence[str]) -> str:
     """Postgres' literal for an array of texts, none of which has a NUL: no text of Postgres' has."""
+    if not texts:
+        return "{}"
     quoted = "\0".join(texts).replace("\\", "\\\\").replace('"', '\\"').replace("\0", '","')
     return f'{{"{quoted}"}}'
 

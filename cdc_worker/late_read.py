@@ -224,8 +224,6 @@ async def _reads_any(connection: Connection, plan: Plan, failed: Sequence[str]) 
 async def try_key(connection: Connection, plan: Plan, key: str) -> bool:
     """Reads a key's row for nothing, and says if there is one; raises what that fails with."""
     arrays = key_arrays([key], plan.key_types)
-    if not arrays:
-        return False
     cursor = await connection.execute(plan.documents, (*arrays, _LARGE_ROW_BYTES), binary=True)
     return await cursor.fetchone() is not None
 
@@ -258,12 +256,12 @@ def _rows_that_fit(rows: Sequence[LogRow], found: Mapping[int, _Found]) -> int:
 
 async def _query(connection: Connection, plan: Plan, maker: EventMaker, keys: Sequence[str], most_bytes: int) -> _Found:
     """What the keys' rows are now; of those that are larger than `most_bytes`, only how large."""
+    # Also where no key is left to ask for: if the column has another type now, they are keys after all, and this fails.
     arrays = key_arrays(keys, plan.key_types)
+    cursor = await connection.execute(plan.documents, (*arrays, most_bytes), binary=True)
     rows: dict[str, Row | None] = {}
-    if arrays:
-        cursor = await connection.execute(plan.documents, (*arrays, most_bytes), binary=True)
-        for row in await cursor.fetchall():
-            rows[row[0]] = row if row[0] not in rows else None
+    for row in await cursor.fetchall():
+        rows[row[0]] = row if row[0] not in rows else None
     # A collation may find spellings of a key that nobody asked for: they have log rows of their own.
     for key in rows.keys() - keys:
         if key_parts(key, plan.key_types) is None:

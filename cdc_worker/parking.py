@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
+import psycopg
 import structlog
 
 from cdc_worker.database import Connection, Database
@@ -84,6 +85,19 @@ class Parking:
 
     async def load(self) -> None:
         ((self.count,),) = await self._database.execute(_COUNT)
+
+    async def in_database(self) -> int:
+        """How many there are now: `parked drop`, and the readers of other shards, do not tell this one.
+
+        `count` stays as it is: verdicts that are under way add to it, and it must not become too low.
+        """
+        if self.count == 0:
+            return 0
+        try:
+            ((count,),) = await self._database.execute(_COUNT)
+        except psycopg.errors.QueryCanceled:  # there are that many, or somebody has locked the table
+            return self.count
+        return int(count)
 
     async def park(self, reasons: Mapping[tuple[int, str], Problem]) -> None:
         """Parks keys, or notes one more try of those that are. Said once for a reason, not once for a key, and for the

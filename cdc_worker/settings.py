@@ -21,23 +21,32 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from cdc_worker.errors import ConfigError
 
-# What Prisma takes out of a connection string for itself, and Postgres' own library refuses.
-_PRISMA = {
+# What Prisma and node-postgres take out of a connection string for themselves, and Postgres' own library refuses.
+_FOREIGN = {
     *("schema", "connection_limit", "pool_timeout", "pgbouncer", "socket_timeout", "statement_cache_size"),
     *("sslaccept", "sslidentity", "sslpassword"),
+    *("uselibpqcompat", "max", "statement_timeout", "query_timeout", "lock_timeout"),
+    "idle_in_transaction_session_timeout",
 }
 
 
 def _conninfo(value: SecretStr) -> SecretStr:
     dsn = value.get_secret_value().strip()
     try:
-        conninfo_to_dict(dsn)
+        parameters = conninfo_to_dict(dsn)
     except psycopg.Error:
         # The driver's message quotes the string, which holds the password.
         given = {part.partition("=")[0] for part in dsn.rpartition("?")[2].split("&")}
-        if found := sorted(given & _PRISMA):
-            raise ValueError(f"has what only Prisma knows: take {', '.join(found)} out of it") from None
+        if found := sorted(given & _FOREIGN):
+            raise ValueError(
+                f"has what only Prisma or node-postgres knows: take {', '.join(found)} out of it"
+            ) from None
         raise ValueError("is no connection string: give postgres://user:password@host:port/database") from None
+    # The driver finds out when it connects, and that would be tried for ever.
+    if parameters.get("sslmode") == "no-verify":
+        raise ValueError(
+            "has sslmode=no-verify, which only node-postgres knows: say sslmode=require, which is the same"
+        )
     return SecretStr(dsn)
 
 

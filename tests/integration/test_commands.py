@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg
@@ -105,12 +106,15 @@ def test_replay_marks_once_more_what_changed_within_the_hours(db: Database, comm
 
     # What replay has marked is in the log as well, and is no reason to go on for ever.
     db.execute("update cdc.checkpoint set position = pg_current_snapshot()")
+    db.execute(f"alter database {db.one('select current_database()')} set timezone = 'Asia/Tokyo'")
     done = command("replay", "30", "status")
     statuses = db.execute(
         "select key from cdc.dirty_key, cdc.checkpoint where not pg_visible_in_snapshot(xid, position)"
     )
     assert set(statuses) == {("u1",)}
     assert line(done, "replay.cut_short")
+    since = datetime.fromisoformat(str(line(done, "replay.marked")[0]["since"]))
+    assert abs(datetime.now(UTC) - timedelta(hours=30) - since) < timedelta(minutes=10), "Z means UTC"
 
 
 def test_replay_repeats_a_rescan_too(db: Database, command: Command) -> None:
@@ -140,7 +144,10 @@ async def test_parked_keys_are_listed_retried_and_dropped(
         await eventually(lambda: mirrored.keys("check-ins"), ["good"])
         await running.said("key.parked")
 
+        db.execute(f"alter database {db.one('select current_database()')} set timezone = 'Asia/Tokyo'")
         listed = command("parked", "list")
+        parked_at = db.one("select last_at at time zone 'UTC' from cdc.parked_key")
+        assert f"{parked_at:%Y-%m-%dT%H:%M:%S}Z" in listed.stdout
         assert "check-ins" in listed.stdout
         assert "bad" in listed.stdout
         assert "description is null" in listed.stdout
@@ -165,6 +172,9 @@ async def test_parked_keys_are_listed_retried_and_dropped(
 
         assert command("parked", "drop").returncode != 0, "all of them, and nobody to ask"
         assert line(command("parked", "drop", "--yes"), "parked.dropped")[0]["keys"] == 1
+        since = len(running.log.of("worker.heartbeat"))
+        # The last of two began after it.
+        assert (await running.said("worker.heartbeat", times=since + 2))["parked_keys"] == 0
         assert "Nothing is parked." in command("parked", "list").stdout
 
 

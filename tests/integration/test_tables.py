@@ -142,6 +142,26 @@ async def test_a_key_column_that_changes_its_type_deletes_nothing(
         await equal(mirrored, mirror, db)
 
 
+@pytest.mark.parametrize("kind", ["text", "uuid"])
+async def test_a_key_column_that_is_replaced_by_one_of_another_type(
+    db: Database, work: Work, mirrored: Mirrored, mirror: Mirror, kind: str
+) -> None:
+    """As Prisma's migrations do it. No old key looked like a new one, which does not mean that it has no row."""
+    replaced = f"""
+        alter table visit drop column id, add column id {kind} default gen_random_uuid();
+        alter table visit add primary key (id, part)
+    """
+    async with work() as running:
+        await running.said("backfill.done")
+        await noted(db)
+        await at_rest(running)
+        await asyncio.to_thread(db.execute, replaced)
+        await asyncio.to_thread(db.execute, "insert into visit (part) values (1)")
+        await running.said("mirror.broken")
+        await running.said("mirror.mended")
+        await equal(mirrored, mirror, db)
+
+
 REWRITTEN = {
     "altered": "alter table visit add column more uuid default gen_random_uuid()",
     "filled anew": "create temp table kept as table visit; truncate visit; insert into visit table kept",

@@ -78,9 +78,15 @@ def test_spaces_and_ends_of_lines_around_a_value_are_nothing(monkeypatch: pytest
     assert settings.convex_url == "https://a.convex.cloud"
 
 
-def test_what_only_prisma_knows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="has what only Prisma knows: take connection_limit, schema out"):
+def test_what_only_prisma_and_its_driver_know_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ConfigError, match="has what only Prisma or node-postgres knows: take connection_limit, schema out"
+    ):
         load(monkeypatch, DATABASE_URL=f"{DSN}?schema=public&connection_limit=5")
+    with pytest.raises(ConfigError, match="knows: take statement_timeout, uselibpqcompat out"):
+        load(monkeypatch, DATABASE_URL=f"{DSN}?uselibpqcompat=true&sslmode=require&statement_timeout=5000")
+    with pytest.raises(ConfigError, match="has sslmode=no-verify, which only node-postgres knows: say sslmode=require"):
+        load(monkeypatch, DATABASE_URL=f"{DSN}?sslmode=no-verify")
     with pytest.raises(ConfigError, match="is no connection string") as caught:
         load(monkeypatch, DATABASE_URL=f"{DSN}?cret=1")
     assert "cret" not in str(caught.value)
