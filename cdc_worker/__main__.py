@@ -30,7 +30,7 @@ from cdc_worker.mirrors import Mirror, load_mirrors
 from cdc_worker.outbox import ring
 from cdc_worker.plan import Plan
 from cdc_worker.replay import replay as mark_again
-from cdc_worker.settings import Settings, load_settings
+from cdc_worker.settings import Settings, load_settings, unknown_settings
 from cdc_worker.worker import Worker
 
 app = typer.Typer(
@@ -57,6 +57,8 @@ _EXIT_CONFIG = 2
 def _start() -> tuple[Settings, tuple[Mirror, ...]]:
     settings = load_settings(Settings)
     configure_logs(settings.log_level, settings.log_format)
+    if unknown := unknown_settings():
+        log.warning("settings.unknown", names=unknown, cure="misspelt? docs/operating.md, Settings, has them all")
     return settings, load_mirrors(settings.config)
 
 

@@ -1,5 +1,6 @@
 """Settings from the environment: read once, checked here, frozen."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -168,6 +169,12 @@ def load_settings(kind: type[Loaded], **given: Any) -> Loaded:
     except ValidationError as error:
         lines = [_refusal(kind, dict(problem)) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(lines)) from None
+
+
+def unknown_settings() -> list[str]:
+    """What is set as if for the worker, and is none of its settings: misspelt, or of another version."""
+    known = {field.validation_alias for field in Settings.model_fields.values()}
+    return sorted(name for name in os.environ if name.startswith("CDC_") and name not in known)
 
 
 def _refusal(kind: type[ConvexSettings], problem: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cdc_worker import database, session, shards
 from cdc_worker.errors import ConfigError
-from cdc_worker.settings import Settings, load_settings
+from cdc_worker.settings import Settings, load_settings, unknown_settings
 
 DSN = "postgres://someone:s3cret@localhost/application"
 
@@ -42,6 +42,11 @@ def test_the_longest_stop_is_over_before_the_platform_kills(monkeypatch: pytest.
     behind = 2 * shards._LAST_WORD_SECONDS + database._CLOSE_SECONDS
     assert longest + shards._ENDING_SECONDS + behind < 30
     assert shards._CUT_SHORT_SECONDS + session._RELEASE_SECONDS + behind < 30
+
+
+def test_what_is_no_setting_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    load(monkeypatch, CDC_SHARDS="2", CDC_SYNC_SECONDS="5", CDC_SHARD="2", CDC_BATCHKEYS="3", SHARDS="4")
+    assert unknown_settings() == ["CDC_BATCHKEYS", "CDC_SHARD"]
 
 
 def test_a_missing_database_is_named() -> None:
