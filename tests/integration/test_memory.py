@@ -118,7 +118,7 @@ def test_rows_that_are_far_too_large_are_parked_unread(
 
 
 # Three are nearly as much as is fetched at all; the others are as many values as are parsed before they are refused.
-# Measured: 108, 192 (the names are compared), 147, 136, 137; the first is 254 if it is parsed.
+# Measured: 108, 200 (the names are compared), 147, 136, 137; the first is 254 if it is parsed.
 TOO_MANY_VALUES = {
     "more values than can fit": "select jsonb_agg('{}'::jsonb) from generate_series(1, 2000000)",
     "names": "select jsonb_object_agg(n, 0) from generate_series(1, 630000) as n",
@@ -144,7 +144,7 @@ def test_rows_that_are_too_large_are_looked_through_within_the_bound(
         asyncio.run(eventually(lambda: db.one(count), 3, seconds=SECONDS))
         peak = peak_megabytes(worker)
         print(f"{what}: {peak:.0f} MB")
-        assert peak < 220
+        assert peak < 240
 
 
 # As many keys as the lanes take, and a page; and then so many times more, of which each would need so much if it were
