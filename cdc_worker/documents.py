@@ -4,8 +4,9 @@ Postgres has made the JSON already (plan.py); what is left is the number, and me
 """
 
 import json
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+from cdc_worker.document_size import convex_bytes, least_bytes, repeats_a_name
 from cdc_worker.plan import Plan
 from cdc_worker.safe_json import parse
 
@@ -20,6 +21,9 @@ _NEVER_TOO_LARGE = LARGEST_DOCUMENT * 2 // 9
 Class = Literal["mirror", "row", "rejected", "refused"]
 # Why a key is parked: the class, and a sentence that quotes nothing of the row.
 Problem = tuple[Class, str]
+
+# What the document follows: a key cannot have it, since its quotes are escaped.
+_DOCUMENT = b',"document":'
 
 # The package's codec is left out here: what `parse` gives is its own Convex JSON (tests hold it to that), and the
 # codec looks at each character of each name in Python.
@@ -52,19 +56,21 @@ class EventMaker:
 
     def put(self, row: Row) -> Event:
         """The event that sets the key's document to a row that is there whole, or says why it cannot."""
-        key, _, problem, event, unplain = row
+        key, size, problem, event, unplain = row
         if problem is not None:
             return self.unfit(key, problem)
         assert event is not None, "only measured"
         text = self._head + event
         if unplain is not None:
+            if size > LARGEST_DOCUMENT and _is_hopeless(unplain.encode()):
+                return self.too_large(key, size)
             try:
                 metadata = _ENCODER.encode(parse(unplain)).encode()
             except ValueError as error:
                 return self.unfit(key, f"metadata cannot be read as JSON ({type(error).__name__})")
             # The document is the event's last field, and has others before this one.
             text = b'%b,"metadata":%b}}' % (text[:-2], metadata)
-        if len(text) > _NEVER_TOO_LARGE and (size := convex_bytes(json.loads(text)["document"])) > LARGEST_DOCUMENT:
+        if len(text) > _NEVER_TOO_LARGE and _is_too_large(text.partition(_DOCUMENT)[2][:-1]):
             return self.too_large(key, size)
         return Event(self._mirror_id, key, text)
 
@@ -75,20 +81,22 @@ class EventMaker:
         return Event(self._mirror_id, key, self._head + rest[1:].encode())
 
     def too_large(self, key: str, size: int) -> Event:
-        """What is said of a key whose document has `size` bytes."""
-        return self.unfit(key, f"the document has {size} bytes, Convex holds {LARGEST_DOCUMENT}")
+        """What is said of a key whose document has `size` bytes of JSON, and too many in Convex' own count."""
+        said = f"the document ({size} bytes of JSON) is too large: by its own count, Convex holds {LARGEST_DOCUMENT}"
+        return self.unfit(key, said)
 
     def unfit(self, key: str, reason: str) -> Event:
         """What is said of a key whose row can be no document."""
         return Event(self._mirror_id, key, b"", ("row", reason))
 
 
-def convex_bytes(value: Any) -> int:
-    """What a JSON value counts to Convex, all numbers being Float64 (`getConvexSize` of the package convex)."""
-    if isinstance(value, str):
-        return 2 + len(value.encode())
-    if isinstance(value, dict):
-        return 2 + sum(len(name) + 1 + convex_bytes(item) for name, item in value.items())
-    if isinstance(value, list):
-        return 2 + sum(map(convex_bytes, value))
-    return 1 if value is None or isinstance(value, bool) else 9
+def _is_hopeless(metadata: bytes) -> bool:
+    """Whether it is too large whatever `parse` makes of it, which takes much memory to find out."""
+    return least_bytes(metadata, LARGEST_DOCUMENT) > LARGEST_DOCUMENT and not repeats_a_name(metadata)
+
+
+def _is_too_large(document: bytes) -> bool:
+    if convex_bytes(document, LARGEST_DOCUMENT) <= LARGEST_DOCUMENT:
+        return False
+    # Only metadata that is plain, which is short, can still have such names.
+    return not repeats_a_name(document) or _is_too_large(json.dumps(json.loads(document)).encode())

@@ -12,9 +12,11 @@
 Limits: facts of Convex' values; the documents' nesting of 16 is counted from the document itself.
 """
 
+import io
 import json
 import math
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, Final
 
@@ -131,10 +133,28 @@ def _unmark(text: str) -> str:
 
 def _dump(value: Any) -> str:
     """JSON text of a parsed value, numbers as they were written. ASCII, so that nothing in it needs a mark but `~{`."""
+    text = io.StringIO()
+    _write(value, text.write)
+    return text.getvalue()
+
+
+def _write(value: Any, write: Callable[[str], Any]) -> None:
+    # Piece by piece: a list of the pieces would need many times what the text does.
     if isinstance(value, _Number):
-        return str(value)
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)}: {_dump(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_dump, value))}]"
-    return json.dumps(value)
+        write(value)
+    elif isinstance(value, dict):
+        before = "{"
+        for name, item in value.items():
+            write(f"{before}{json.dumps(name)}: ")
+            _write(item, write)
+            before = ", "
+        write("}" if value else "{}")
+    elif isinstance(value, list):
+        before = "["
+        for item in value:
+            write(before)
+            _write(item, write)
+            before = ", "
+        write("]" if value else "[]")
+    else:
+        write(json.dumps(value))

@@ -34,6 +34,7 @@ _FILES: Final = {
     "keys.py": "fetch the rows",
     "safe_json.py": "make metadata safe",
     "documents.py": "build events",
+    "document_size.py": "build events",
     "lanes.py": "lanes",
     "sender.py": "settle verdicts",
     "parking.py": "settle verdicts",
