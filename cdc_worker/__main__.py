@@ -58,7 +58,7 @@ def _start() -> tuple[Settings, tuple[Mirror, ...]]:
     settings = load_settings(Settings)
     configure_logs(settings.log_level, settings.log_format)
     if unknown := unknown_settings():
-        log.warning("settings.unknown", names=unknown, cure="misspelt? docs/operating.md, Settings, has them all")
+        log.warning("settings.unknown", names=unknown, cure="it does nothing: README, Settings, has all names")
     return settings, load_mirrors(settings.config)
 
 

@@ -7,13 +7,12 @@ import re
 _STRING = rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"'
 # By the group that matched last: 1 a string, 2 a name, 3 a number, 4 true, false or null; an opening bracket without.
 _TOKEN = re.compile(_STRING + rb"(\s*+:)?+|(-?[0-9][0-9.eE+-]*+)|([tfn][a-z]++)|[\[{]")
-# A name, or a brace of an object that has any; what lies before it is passed over.
-_NAME_OR_BRACE = re.compile(rb'(?:[^"{}]++|' + _STRING + rb"(?!\s*+:)|{\s*+})*+(?:" + _STRING + rb"\s*+:|([{}])|\Z)")
 
 
 def convex_bytes(text: bytes, most: int, *, number: int = 9) -> int:
     """What a JSON text counts to Convex, all numbers being Float64 (`getConvexSize` of the package convex), or some
-    figure above `most`. A name that is repeated counts each time. `number`: the most that a number counts.
+    figure above `most`. A name that an object repeats (in type json) counts each time. `number`: the most that a number
+    counts.
     """
     size = 0
     for token in _TOKEN.finditer(text):
@@ -38,22 +37,6 @@ def least_bytes(text: bytes, most: int) -> int:
     become a string, and its shortest numbers are `0` and `1.0` there.
     """
     return convex_bytes(text, most, number=3)
-
-
-def repeats_a_name(text: bytes) -> bool:
-    """Whether an object of a JSON text has two values for a name, of which the last one counts (type json only)."""
-    objects: list[set[bytes]] = []
-    for token in _NAME_OR_BRACE.finditer(text):
-        if token[3] == b"{":
-            objects.append(set())
-        elif token[3] == b"}":
-            objects.pop()
-        elif token[2] is not None:
-            name = _utf8(token[2])
-            if name in objects[-1]:
-                return True
-            objects[-1].add(name)
-    return False
 
 
 def _utf8(string: bytes) -> bytes:

@@ -6,7 +6,7 @@ Postgres has made the JSON already (plan.py); what is left is the number, and me
 import json
 from typing import Literal, NamedTuple
 
-from cdc_worker.document_size import convex_bytes, least_bytes, repeats_a_name
+from cdc_worker.document_size import convex_bytes, least_bytes
 from cdc_worker.plan import Plan
 from cdc_worker.safe_json import parse
 
@@ -62,7 +62,8 @@ class EventMaker:
         assert event is not None, "only measured"
         text = self._head + event
         if unplain is not None:
-            if size > LARGEST_DOCUMENT and _is_hopeless(unplain.encode()):
+            # Before it is parsed, which takes much memory: whatever it becomes, it is too large.
+            if size > LARGEST_DOCUMENT and least_bytes(unplain.encode(), LARGEST_DOCUMENT) > LARGEST_DOCUMENT:
                 return self.too_large(key, size)
             try:
                 metadata = _ENCODER.encode(parse(unplain)).encode()
@@ -70,8 +71,10 @@ class EventMaker:
                 return self.unfit(key, f"metadata cannot be read as JSON ({type(error).__name__})")
             # The document is the event's last field, and has others before this one.
             text = b'%b,"metadata":%b}}' % (text[:-2], metadata)
-        if len(text) > _NEVER_TOO_LARGE and _is_too_large(text.partition(_DOCUMENT)[2][:-1]):
-            return self.too_large(key, size)
+        if len(text) > _NEVER_TOO_LARGE:
+            document = text.partition(_DOCUMENT)[2][:-1]
+            if convex_bytes(document, LARGEST_DOCUMENT) > LARGEST_DOCUMENT:
+                return self.too_large(key, size)
         return Event(self._mirror_id, key, text)
 
     def delete(self, key: str) -> Event:
@@ -88,15 +91,3 @@ class EventMaker:
     def unfit(self, key: str, reason: str) -> Event:
         """What is said of a key whose row can be no document."""
         return Event(self._mirror_id, key, b"", ("row", reason))
-
-
-def _is_hopeless(metadata: bytes) -> bool:
-    """Whether it is too large whatever `parse` makes of it, which takes much memory to find out."""
-    return least_bytes(metadata, LARGEST_DOCUMENT) > LARGEST_DOCUMENT and not repeats_a_name(metadata)
-
-
-def _is_too_large(document: bytes) -> bool:
-    if convex_bytes(document, LARGEST_DOCUMENT) <= LARGEST_DOCUMENT:
-        return False
-    # Only metadata that is plain, which is short, can still have such names.
-    return not repeats_a_name(document) or _is_too_large(json.dumps(json.loads(document)).encode())

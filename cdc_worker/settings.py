@@ -173,7 +173,7 @@ def load_settings(kind: type[Loaded], **given: Any) -> Loaded:
 
 def unknown_settings() -> list[str]:
     """What is set as if for the worker, and is none of its settings: misspelt, or of another version."""
-    known = {field.validation_alias for field in Settings.model_fields.values()}
+    known = [field.validation_alias for field in Settings.model_fields.values()]
     return sorted(name for name in os.environ if name.startswith("CDC_") and name not in known)
 
 

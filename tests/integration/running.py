@@ -72,6 +72,12 @@ class Running:
             await asyncio.sleep(0.005)
         return found[times - 1]
 
+    async def at_rest(self) -> None:
+        """Nothing is under way."""
+        since = len(self.log.of("worker.heartbeat"))
+        while (beat := await self.said("worker.heartbeat", times=since + 1))["backlog"] + beat["keys_under_way"]:
+            since += 1
+
     async def stop(self) -> None:
         """In order. Fails if anything else ended the worker, or if it does not end."""
         self.worker.stop()

@@ -65,13 +65,6 @@ async def noted(db: Database) -> None:
     )
 
 
-async def at_rest(running: Running) -> None:
-    """Nothing is under way."""
-    since = len(running.log.of("worker.heartbeat"))
-    while (beat := await running.said("worker.heartbeat", times=since + 1))["backlog"] + beat["keys_under_way"]:
-        since += 1
-
-
 GONE = {
     "dropped": "drop table visit_1",
     "detached": "alter table visit detach partition visit_1",
@@ -129,7 +122,7 @@ async def test_a_key_column_that_changes_its_type_deletes_nothing(
     async with work() as running:
         await running.said("backfill.done")
         await noted(db)
-        await at_rest(running)
+        await running.at_rest()
         before = sorted(mirrored.keys(mirror.name))
         await asyncio.to_thread(db.execute, "alter table visit alter id type numeric(10, 2)")
         db.execute("update visit set note = 'x'")
@@ -154,7 +147,7 @@ async def test_a_key_column_that_is_replaced_by_one_of_another_type(
     async with work() as running:
         await running.said("backfill.done")
         await noted(db)
-        await at_rest(running)
+        await running.at_rest()
         await asyncio.to_thread(db.execute, replaced)
         await asyncio.to_thread(db.execute, "insert into visit (part) values (1)")
         await running.said("mirror.broken")
@@ -176,7 +169,7 @@ async def test_rows_that_are_read_while_their_table_is_rewritten(
     async with work() as running:
         await running.said("backfill.done")
         await noted(db)
-        await at_rest(running)
+        await running.at_rest()
         with psycopg.connect(db.dsn) as altering:
             altering.execute(REWRITTEN[how])
             # As a replay marks them.
@@ -189,7 +182,7 @@ async def test_rows_that_are_read_while_their_table_is_rewritten(
             altering.commit()
         # What else such a page may have read wrongly is looked at again.
         assert "rewritten" in (await running.said("capture.tables_changed"))["cause"]
-        await at_rest(running)
+        await running.at_rest()
         await equal(mirrored, mirror, db)
         assert [line for line in running.log.of("batch.applied") if "deleted" in line] == []
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cdc_worker.document_size import convex_bytes, least_bytes, repeats_a_name
+from cdc_worker.document_size import convex_bytes, least_bytes
 from cdc_worker.documents import LARGEST_DOCUMENT, Event, EventMaker
 from cdc_worker.mirrors import Mirror, Source
 from cdc_worker.plan import make_plan
@@ -24,14 +24,6 @@ tricky = st.lists(
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | tricky
 documents = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(tricky, inner, max_size=4), max_leaves=20
-)
-# An object is a tuple of pairs here, so that names may be repeated.
-repetitive = st.recursive(
-    scalars,
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.lists(st.tuples(tricky | st.sampled_from("ab"), inner), max_size=4).map(tuple)
-    ),
-    max_leaves=20,
 )
 
 
@@ -60,9 +52,8 @@ def spelled(value: Any, draw: Any) -> str:
         text = text.replace("n", "\\u006e") if "\\" not in text and draw(st.booleans()) else text
     elif isinstance(value, list):
         text = "[" + (",".join(spelled(item, draw) for item in value) or draw(spaces)) + "]"
-    elif isinstance(value, dict | tuple):
-        pairs = value.items() if isinstance(value, dict) else value
-        fields = ",".join(f"{spelled(name, draw)}:{spelled(item, draw)}" for name, item in pairs)
+    elif isinstance(value, dict):
+        fields = ",".join(f"{spelled(name, draw)}:{spelled(item, draw)}" for name, item in value.items())
         text = "{" + (fields or draw(spaces)) + "}"
     else:
         text = json.dumps(value)
@@ -75,7 +66,6 @@ def test_a_text_counts_as_its_value_does(value: Any, data: st.DataObject) -> Non
     size = counted(value)
     assert counted(json.loads(text)) == size
     assert convex_bytes(text, NO_LIMIT) == size
-    assert not repeats_a_name(text)
     most = data.draw(st.integers(0, size + 1))
     assert (convex_bytes(text, most) > most) == (size > most)
 
@@ -83,29 +73,6 @@ def test_a_text_counts_as_its_value_does(value: Any, data: st.DataObject) -> Non
 @pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "{}" + "}" * 100_000])
 def test_depth_is_no_matter(text: str) -> None:
     assert convex_bytes(text.encode(), NO_LIMIT) == 2 * (text.count("[") + text.count("{")) + 2 * text.count('"a"')
-    assert not repeats_a_name(text.encode())
-
-
-@given(repetitive, st.data())
-@example((("a", 1), ("b", (("a", 1),)), ("a", 2)), None)
-@example(((("a"), 1), ("b", [(("c", 1), ("c", 2))])), None)
-def test_a_name_that_an_object_has_twice_is_found(value: Any, data: st.DataObject | None) -> None:
-    repeats = False
-
-    def look(pairs: list[tuple[str, Any]]) -> None:
-        nonlocal repeats
-        repeats |= len(dict(pairs)) < len(pairs)
-
-    text = spelled(value, data.draw if data is not None else lambda strategy: "" if strategy is spaces else False)
-    json.loads(text, object_pairs_hook=look)
-    assert repeats_a_name(text.encode()) == repeats
-
-
-@pytest.mark.parametrize(
-    ("text", "repeats"), [('{"a":1,"\\u0061":2}', True), ('{"a":"a","b":{"a":"\\"a\\":"}}', False)]
-)
-def test_names_are_the_same_whatever_their_spelling(text: str, repeats: bool) -> None:
-    assert repeats_a_name(text.encode()) == repeats
 
 
 def safe_bytes(text: str) -> int:
@@ -162,8 +129,6 @@ def test_the_document_alone_is_counted_to_the_byte() -> None:
 FILLED = {
     "spaces": "[" + " " * 3_000_000 + "]",
     "escapes": json.dumps("é" * 500_000),
-    "a name many times": "{" + ",".join(['"a":[[],[],"xxxxxxxxxxx"]'] * 100_000) + "}",
-    "the same in a list": '[{"a":' + json.dumps([1] * 1_500_000) + ',"\\u0061":1}]',
     "null": json.dumps([[None] * 8_000] * 120),
 }
 
@@ -176,12 +141,10 @@ def test_a_long_text_of_a_small_value_fits(what: str) -> None:
     assert json.loads(event.text)["document"]["metadata"] == json.loads(FILLED[what])
 
 
-def test_a_name_that_plain_metadata_repeats_counts_once() -> None:
-    room = LARGEST_DOCUMENT - counted(FIELDS | {"metadata": {"a": "x"}}) + len("d")
-    for more, fits in ((0, True), (1, False)):
-        fields = FIELDS | {"description": "x" * (room + more)}
-        event = put(None, fields, ',"metadata":{"a": 123, "a": "y", "a": "x"}')
-        assert (event.problem is None) == fits
+def test_a_name_counts_each_time_that_json_repeats_it() -> None:
+    problem = put("{" + ",".join(['"a":[[],[],"xxxxxxxxxxx"]'] * 100_000) + "}").problem
+    assert problem is not None
+    assert problem[1].endswith(f"Convex holds {LARGEST_DOCUMENT}")
 
 
 @pytest.mark.parametrize("item", ["[]", "{}", "0", "null", '"ab"', '{"a": {}}', '"\\n"'])
