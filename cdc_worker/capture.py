@@ -110,6 +110,16 @@ def create_trigger(function: str, schema: str, table: str, event: str) -> sql.Co
     )
 
 
+def lock_out_writers(schema: str, table: str) -> sql.Composed:
+    """Changes nothing, in the lock that `create_trigger` takes, too.
+
+    LOCK TABLE wants rights that the owner of a table that only grows may have taken from itself.
+    """
+    return sql.SQL("alter table only {} enable always trigger {}").format(
+        sql.Identifier(schema, table), sql.Identifier(trigger_name("insert"))
+    )
+
+
 # So many keys of an INSERT or DELETE become rows of their own, before it is worth to form arrays.
 _FEW = 8
 # The longest row of the log, in keys. The ids of rows are so far apart (migrations/0002_cheaper_capture.sql).

@@ -20,13 +20,17 @@ _PATIENCE_SECONDS = 30.0
 
 # Those in front of whom all others wait come first. What they are at is not asked for: it can quote rows.
 _HOLDERS = """
-select format('process %s (%s, role %s) holds %s on %s', a.pid, coalesce(nullif(a.application_name, ''), 'no name'),
-              a.usename, l.mode, l.relation::regclass)
+select format('process %s (%s) holds %s on %s', a.pid,
+              case when a.usesysid is null then 'autovacuum'
+                   else format('%s, role %s', coalesce(nullif(a.application_name, ''), 'no name'), a.usename) end,
+              l.mode, l.relation::regclass)
 from pg_locks l join pg_stat_activity a on a.pid = l.pid join pg_class c on c.oid = l.relation
-where l.locktype = 'relation' and l.granted and l.mode not in ('AccessShareLock', 'RowShareLock')
+where l.locktype = 'relation' and l.granted
+  -- Readers hinder a `drop trigger` only, and those that soon end are not worth a word.
+  and (l.mode not in ('AccessShareLock', 'RowShareLock') or (a.xact_start < now() - interval '2 seconds') is not false)
   and l.database = (select oid from pg_database where datname = current_database())
   and a.pid <> pg_backend_pid() and c.relkind in ('r', 'p', 'm') and c.relnamespace <> 'pg_catalog'::regnamespace
-order by l.mode = 'AccessExclusiveLock' desc, a.xact_start, a.pid limit 3
+order by l.mode = 'AccessExclusiveLock' desc, l.mode in ('AccessShareLock', 'RowShareLock'), a.xact_start, a.pid limit 3
 """
 
 

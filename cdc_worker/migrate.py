@@ -22,6 +22,7 @@ from cdc_worker.capture import (
     digests,
     function_body,
     function_name,
+    lock_out_writers,
     shared_function_name,
     trigger_name,
 )
@@ -41,6 +42,16 @@ _LOCK = "select pg_advisory_xact_lock(hashtextextended('cdc_worker.migrate', 0))
 # A trigger's DDL waits for the table's writers, and new writers wait behind it: never for longer than this.
 _TABLE_LOCK_TIMEOUT = "set local lock_timeout = '300ms'"
 _TABLE_TRIES = 100
+# But for once: an autovacuum gives way to who has waited for `deadlock_timeout`, and that of a large table may last.
+_PATIENT_TRY = 10
+_PAST_AUTOVACUUM = """
+select set_config('lock_timeout', (s.setting::int + 300)::text, true) from pg_settings s
+where s.name = 'deadlock_timeout' and s.setting::int <= 1000 and exists (
+    select from pg_locks l join pg_stat_activity a on a.pid = l.pid
+    where l.relation = $1 and l.granted and l.mode = 'ShareUpdateExclusiveLock' and a.usesysid is null
+      and a.datname = current_database()
+)
+"""
 _STATEMENT_SECONDS = 60.0
 _LOCK_SECONDS = 600.0
 
@@ -234,18 +245,19 @@ async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids
             continue
         unfed = _unfed(feeds, [have.get(trigger) for trigger in right], functions, shared_function_name(schema, table))
         statements = [
-            # Writers that called the functions as they were commit first: a rescan does not see their rows before.
-            sql.SQL("lock table only {} in share row exclusive mode").format(sql.Identifier(schema, table)),
+            # Writers that called the functions as they were commit first: a rescan does not see their rows before. Of
+            # functions that feed what they fed nothing is missed.
+            *([lock_out_writers(schema, table)] if unfed and not missing else []),
             *(create_function(name, body) for name, body in changed.items()),
             *_drops(schema, table, [trigger for trigger in have if have[trigger] != right.get(trigger)]),
             *(create_trigger(right[trigger_name(event)], schema, table, event) for event in missing),
         ]
-        await _change_table(connection, f"{schema}.{table}", statements, unfed)
+        await _change_table(connection, oid, f"{schema}.{table}", statements, unfed)
         uncaptured |= unfed
         log.info("capture.installed", table=f"{schema}.{table}")
     for oid, have in existing.items():
         if oid not in wanted:
-            await _change_table(connection, ".".join(places[oid]), _drops(*places[oid], have))
+            await _change_table(connection, oid, ".".join(places[oid]), _drops(*places[oid], have))
             log.info("capture.removed", table=".".join(places[oid]))
     for name in functions:
         if name not in kept:
@@ -284,7 +296,7 @@ def _drops(schema: str, table: str, triggers: Sequence[str] | dict[str, str]) ->
 
 
 async def _change_table(
-    connection: Connection, table: str, statements: Sequence[sql.Composed], uncaptured: Collection[int] = ()
+    connection: Connection, oid: int, table: str, statements: Sequence[sql.Composed], uncaptured: Collection[int] = ()
 ) -> None:
     async def change() -> None:
         # Asked for once more at the end. But if this is the end, the next `migrate` sees nothing amiss.
@@ -294,21 +306,25 @@ async def _change_table(
             await connection.execute(statement)
 
     try:
-        await _between_writers(connection, f"table {table}", change)
+        await _between_writers(connection, f"table {table}", change, oid)
     except psycopg.errors.DuplicateObject as error:
         raise SchemaError(
             f"{first_lines(error)}: the worker needs that name for its own trigger; rename yours"
         ) from None
 
 
-async def _between_writers(connection: Connection, what: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Runs `work` in a transaction, as often as it takes until its locks are free for the asking.
+async def _between_writers(
+    connection: Connection, what: str, work: Callable[[], Awaitable[None]], oid: int = 0
+) -> None:
+    """Runs `work`, on the table `oid`, in a transaction, as often as it takes until its locks are free for the asking.
 
     Raises SchemaError if they never are.
     """
 
     async def impatient() -> None:
         await connection.execute(_TABLE_LOCK_TIMEOUT)
+        if attempt == _PATIENT_TRY:
+            await connection.execute(_PAST_AUTOVACUUM, (oid,))
         await work()
 
     for attempt in range(1, _TABLE_TRIES + 1):

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from structlog.testing import capture_logs
 
-from cdc_worker import locks
+from cdc_worker import capture, locks
 from cdc_worker import migrate as migrating
 from cdc_worker.errors import ConfigError, SchemaError
 from cdc_worker.mirrors import Mirror, Source, load_mirrors
@@ -605,6 +605,76 @@ def test_a_busy_table_is_given_up_in_words(db: Database, monkeypatch: pytest.Mon
             db.migrate([rows_of("free", name="free"), rows_of("t")])
     db.migrate([rows_of("free", name="free"), rows_of("t")])
     assert captured_tables(db) == {"t", "free"}
+
+
+@pytest.mark.one_postgres
+def test_a_function_that_feeds_what_it_fed_waits_for_no_writer(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    db.execute(T)
+    db.migrate([rows_of("t")])
+    monkeypatch.setattr(migrating, "_TABLE_TRIES", 1)
+    body = capture.function_body
+    monkeypatch.setattr(migrating, "function_body", lambda feeds, event: f"{body(feeds, event)}-- in other words\n")
+    with psycopg.connect(db.dsn) as writer:
+        writer.execute("insert into t values ('a')")
+        db.migrate([rows_of("t")])
+    functions = "select count(*) from pg_proc where proname like 'capture%' and prosrc like '%in other words%'"
+    assert db.one(functions) == 4
+    assert db.captured() == ["a"]
+
+
+def test_a_table_that_only_grows_may_feed_another_mirror(db: Database) -> None:
+    # Its owner has taken the rights from itself that LOCK TABLE asks for.
+    db.execute(f"{T}; revoke update, delete, truncate on t from application")
+    db.migrate([rows_of("t")])
+    db.migrate([rows_of("t"), rows_of("t", name="again")])
+    db.execute("insert into t values ('a')")
+    assert db.captured_by_mirror() == [("again", "a"), ("rows", "a")]
+
+
+@pytest.mark.one_postgres
+def test_an_autovacuum_of_a_large_table_gives_way(
+    postgres_flavour: postgres.Flavour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrating, "_PATIENT_TRY", 2)
+    monkeypatch.setattr(migrating, "_TABLE_TRIES", 2)
+    at_it = (
+        "select count(*) from pg_locks l join pg_stat_activity a on a.pid = l.pid"
+        " where l.relation = 't'::regclass and a.usesysid is null"
+    )
+    with (
+        postgres.start(postgres_flavour, settings={"autovacuum_naptime": "1s"}) as server,
+        postgres.database(server) as dsn,
+        Database(dsn) as db,
+    ):
+        db.execute(
+            f"""
+            {T} with (autovacuum_vacuum_cost_limit = 1, autovacuum_vacuum_cost_delay = 100,
+                      autovacuum_vacuum_threshold = 1, autovacuum_vacuum_scale_factor = 0);
+            insert into t select g::text, repeat('x', 500) from generate_series(1, 10000) g;
+            delete from t where id < '5'
+            """
+        )
+        wait_until(lambda: db.one(at_it), 30)
+        with monkeypatch.context() as hurried:
+            hurried.setattr(migrating, "_TABLE_TRIES", 1)
+            with pytest.raises(SchemaError, match=r"process \d+ \(autovacuum\) holds ShareUpdateExclusiveLock on t"):
+                db.migrate([rows_of("t")])
+        assert db.one(at_it)
+        db.migrate([rows_of("t")])
+        assert captured_tables(db) == {"t"}
+
+
+@pytest.mark.one_postgres
+def test_a_reader_that_keeps_a_trigger_is_named(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrating, "_TABLE_TRIES", 1)
+    db.execute(T)
+    db.migrate([rows_of("t")])
+    with psycopg.connect(db.dsn, application_name="a dump") as reader:
+        reader.execute("select from t")
+        time.sleep(2)
+        held = rf"process {reader.info.backend_pid} \(a dump, role application\) holds AccessShareLock on t"
+        with pytest.raises(SchemaError, match=held):
+            db.migrate([])
 
 
 @pytest.mark.one_postgres
