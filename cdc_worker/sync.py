@@ -1,9 +1,9 @@
 """Writing through: for what the application shows in Convex and keeps in no table.
 
-    from cdc_worker.sync import sync_activity, sync_user_status
+    from cdc_worker.sync import sync_activity, sync_user_status_async
 
-    sync_activity(user.id, "conversation", "Called the hotline", datetime.now(UTC), idempotency_key=f"call-{call.id}")
-    await sync_user_status_async(user.id, next_due=None)
+    sync_activity(user_id, "conversation", "Called the hotline", datetime.now(UTC), idempotency_key=f"call-{call.id}")
+    await sync_user_status_async(user_id, next_due=None)
 
 What has a table belongs in a mirror: this writes at once and to Convex alone, so a process that dies before
 the call has written nothing. The transport, its deadlines and the rule for JSON are the worker's. One event
@@ -52,7 +52,10 @@ UNSET: Final = Unset()
 
 
 class SyncError(CdcError):
-    """Convex did not take it within CDC_SYNC_SECONDS, or refused it. The same call may be made again."""
+    """Convex did not take it within CDC_SYNC_SECONDS, or refused it.
+
+    It may have arrived all the same. The same call may be made again, an activity's with an `idempotency_key`.
+    """
 
 
 def sync_activity(  # noqa: PLR0917  # as it is published
@@ -193,7 +196,7 @@ class _Loop:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._deployment: tuple[ConvexSettings, Deployment] | None = None
+        self._deployments: dict[ConvexSettings, Deployment] = {}
 
     @property
     def started(self) -> bool:
@@ -213,22 +216,17 @@ class _Loop:
 
     async def deployment(self, settings: ConvexSettings) -> Deployment:
         """The connections to the deployment of these settings. Runs in the loop, so calls never overlap half-way."""
-        if self._deployment is not None:
-            known, opened = self._deployment
-            if known == settings:
-                return opened
-            await self.close()
-        assert settings.convex_url is not None
-        made = await Deployment(
-            settings.convex_url, settings.convex_deploy_key, timeout_seconds=settings.convex_timeout_seconds
-        ).__aenter__()
-        self._deployment = (settings, made)
-        return made
+        if settings not in self._deployments:
+            assert settings.convex_url is not None
+            # Those of other settings stay: calls may be under way there.
+            self._deployments[settings] = await Deployment(
+                settings.convex_url, settings.convex_deploy_key, timeout_seconds=settings.convex_timeout_seconds
+            ).__aenter__()
+        return self._deployments[settings]
 
     async def close(self) -> None:
-        if self._deployment is not None:
-            _, opened = self._deployment
-            self._deployment = None
+        while self._deployments:
+            _, opened = self._deployments.popitem()
             await opened.__aexit__(None, None, None)
 
 

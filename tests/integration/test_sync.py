@@ -170,3 +170,19 @@ def test_a_fork_leaves_the_connections_of_the_parent_alone(mirrored: Mirrored, u
     assert float(ran.stdout) < 5
     assert ran.stderr == ""
     assert {each["description"] for each in mirrored.activities(user)} == {"before", "child", "after"}
+
+
+async def test_settings_that_change_leave_a_call_under_way_alone(
+    mirrored: Mirrored, local_convex: LocalConvex, monkeypatch: pytest.MonkeyPatch, user: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as slow:
+        slow.settimeout(10)
+        monkeypatch.setenv("CONVEX_URL", f"http://127.0.0.1:{slow.getsockname()[1]}")
+        under_way = asyncio.create_task(sync_activity_async(user, "check-in", "x", NOON))
+        connection, _ = await asyncio.to_thread(slow.accept)
+        monkeypatch.setenv("CONVEX_URL", local_convex.url)
+        assert await sync_activity_async(user, "check-in", "x", NOON) is not None
+        with connection:
+            body = b'{"status":"success","value":"late"}'
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            assert await under_way == "late"
