@@ -1,9 +1,9 @@
 """Writing through: for what the application shows in Convex and keeps in no table.
 
-    from cdc_worker.sync import sync_activity, sync_user_status
+    from cdc_worker.sync import sync_activity, sync_user_status_async
 
-    sync_activity(user.id, "conversation", "Called the hotline", datetime.now(UTC), idempotency_key=f"call-{call.id}")
-    await sync_user_status_async(user.id, next_due=None)
+    sync_activity(user_id, "conversation", "Called the hotline", datetime.now(UTC), idempotency_key=f"call-{call.id}")
+    await sync_user_status_async(user_id, next_due=None)
 
 What has a table belongs in a mirror: this writes at once and to Convex alone, so a process that dies before
 the call has written nothing. The transport, its deadlines and the rule for JSON are the worker's. One event
@@ -14,6 +14,7 @@ pay for a new TLS session.
 import asyncio
 import atexit
 import contextlib
+import ctypes
 import json
 import os
 import threading
@@ -24,7 +25,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
 import structlog
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import CdcError, FunctionFailed, Misconfigured, Transient
@@ -51,7 +52,10 @@ UNSET: Final = Unset()
 
 
 class SyncError(CdcError):
-    """Convex did not take it within CDC_SYNC_SECONDS, or refused it. The same call may be made again."""
+    """Convex did not take it within CDC_SYNC_SECONDS, or refused it.
+
+    It may have arrived all the same. The same call may be made again, an activity's with an `idempotency_key`.
+    """
 
 
 def sync_activity(  # noqa: PLR0917  # as it is published
@@ -159,17 +163,31 @@ async def _call(path: str, args: dict[str, Any]) -> Any:
         log.warning("sync.skipped", function=path, missing=list(settings.missing_for_convex), cure="set it")
         return None
     deployment = await _LOOP.deployment(settings)
+    last: Transient | None = None
     try:
-        async for attempt in AsyncRetrying(
-            wait=wait_random_exponential(multiplier=0.1, max=5.0),
-            stop=stop_after_delay(settings.sync_seconds),
-            retry=retry_if_exception_type(Transient),
-            reraise=True,
-        ):
-            with attempt:
-                return await deployment.call("mutation", path, args)
-    except (Transient, Misconfigured, FunctionFailed, ConvexError) as error:
+        # Around all: the last try may not take its own deadline on top, nor a pause.
+        async with asyncio.timeout(settings.sync_seconds):
+            async for attempt in AsyncRetrying(
+                wait=wait_random_exponential(multiplier=0.1, max=5.0), retry=retry_if_exception_type(Transient)
+            ):
+                with attempt:
+                    try:
+                        return await deployment.call("mutation", path, args)
+                    except Transient as error:
+                        last = error
+                        raise
+    except TimeoutError:
+        raise SyncError(f"{path}: {last or 'no answer in time'}") from None
+    except ConvexError as error:
+        raise SyncError(f"{path}: {_reason(error)}") from None
+    except (Misconfigured, FunctionFailed) as error:
         raise SyncError(f"{path}: {error}") from None
+
+
+def _reason(error: ConvexError) -> str:
+    """What the function says of it: the message alone is "Server Error" on a production deployment."""
+    said = error.data.get("message") if isinstance(error.data, dict) else None
+    return said if isinstance(said, str) else str(error)
 
 
 class _Loop:
@@ -178,7 +196,7 @@ class _Loop:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._deployment: tuple[ConvexSettings, Deployment] | None = None
+        self._deployments: dict[ConvexSettings, Deployment] = {}
 
     @property
     def started(self) -> bool:
@@ -187,28 +205,28 @@ class _Loop:
     def get(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="cdc_worker.sync", daemon=True).start()
+                loop = asyncio.new_event_loop()
+                try:
+                    threading.Thread(target=loop.run_forever, name="cdc_worker.sync", daemon=True).start()
+                except RuntimeError:  # the system gives no more threads
+                    loop.close()
+                    raise
+                self._loop = loop  # not before it runs: whoever is given it waits for it without an end
             return self._loop
 
     async def deployment(self, settings: ConvexSettings) -> Deployment:
         """The connections to the deployment of these settings. Runs in the loop, so calls never overlap half-way."""
-        if self._deployment is not None:
-            known, opened = self._deployment
-            if known == settings:
-                return opened
-            await self.close()
-        assert settings.convex_url is not None
-        made = await Deployment(
-            settings.convex_url, settings.convex_deploy_key, timeout_seconds=settings.convex_timeout_seconds
-        ).__aenter__()
-        self._deployment = (settings, made)
-        return made
+        if settings not in self._deployments:
+            assert settings.convex_url is not None
+            # Those of other settings stay: calls may be under way there.
+            self._deployments[settings] = await Deployment(
+                settings.convex_url, settings.convex_deploy_key, timeout_seconds=settings.convex_timeout_seconds
+            ).__aenter__()
+        return self._deployments[settings]
 
     async def close(self) -> None:
-        if self._deployment is not None:
-            _, opened = self._deployment
-            self._deployment = None
+        while self._deployments:
+            _, opened = self._deployments.popitem()
             await opened.__aexit__(None, None, None)
 
 
@@ -228,6 +246,9 @@ atexit.register(_hang_up)
 def _forget() -> None:
     """In a forked child the thread is gone, and the connections are the parent's."""
     global _LOOP  # noqa: PLW0603  # the one place that replaces it
+    # The parent's is never collected here, not even at the end of the process: that would close the connections, and
+    # take them out of the epoll that child and parent share, so that the parent hears no answer any more.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_LOOP))
     _LOOP = _Loop()
 
 
@@ -235,7 +256,12 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def _submit(work: Coroutine[Any, Any, Any]) -> "Future[Any]":
-    return asyncio.run_coroutine_threadsafe(work, _LOOP.get())
+    try:
+        loop = _LOOP.get()
+    except RuntimeError:
+        work.close()
+        raise
+    return asyncio.run_coroutine_threadsafe(work, loop)
 
 
 def _wait(work: Coroutine[Any, Any, Any]) -> Any:

@@ -8,7 +8,8 @@ import { activityContent } from "./schema";
 const MOST_RECENT_ACTIVITIES = 100; // What a page can show; a query that is watched live should stay cheap to rerun.
 
 /**
- * The newest activities of a user, newest first, 20 unless told otherwise.
+ * The newest activities of a user, newest first, 20 unless told otherwise. It reads whole documents, of which a query
+ * may read 16 MiB: where `metadata` is large, ask for fewer.
  *
  * @throws ConvexError `unauthenticated` or `forbidden` (readAccess.ts), `invalid_argument` for a limit out of bounds.
  */

@@ -50,8 +50,9 @@ export const updateUserStatus = internalMutation({
       .query("userStatus")
       .withIndex("by_user", (q) => q.eq("userId", userId))
       .first();
-    const id = status?._id ?? (await ctx.db.insert("userStatus", { userId, version: UNVERSIONED }));
-    await ctx.db.patch("userStatus", id, fields);
+    const version = { ...(status?.version ?? UNVERSIONED), overwritten: true };
+    const id = status?._id ?? (await ctx.db.insert("userStatus", { userId, version }));
+    await ctx.db.patch("userStatus", id, { ...fields, version });
     return null;
   },
 });

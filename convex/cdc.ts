@@ -179,7 +179,9 @@ async function applyTo<Content extends Value>(
     return "deleted";
   }
   const { content } = judgement;
-  if (doubles.length === 0 && stored !== undefined && compareValues(stored.content, content) === 0) {
+  // What the application wrote takes the version even if it is equal: a late copy of this event must find it.
+  const same = stored?.version.overwritten !== true && doubles.length === 0;
+  if (same && stored !== undefined && compareValues(stored.content, content) === 0) {
     return "unchanged"; // Not even the version: a write would wake everybody who watches the document.
   }
   if (tombstone !== null) await ctx.db.delete("cdcTombstones", tombstone._id);

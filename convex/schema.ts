@@ -4,9 +4,9 @@ import { v } from "convex/values";
 
 /**
  * The place of a document in the worker's order. Convex hands out the epoch (`cdc:open`), the reader of
- * that epoch counts the number. Only a higher version changes a document.
+ * that epoch counts the number. Only a higher version changes a document. `overwritten`: the application has written since.
  */
-export const version = v.object({ epoch: v.number(), number: v.number() });
+export const version = v.object({ epoch: v.number(), number: v.number(), overwritten: v.optional(v.boolean()) });
 export type Version = Infer<typeof version>;
 
 /** What the worker has never written. Below every version of the worker's, whose epochs start at 1. */

@@ -62,7 +62,7 @@ describe("updateUserStatus", () => {
     expect(
       await t.mutation(internal.alerts.updateUserStatus, { userId: USER, lastCheckIn: 7, nextDue: null }),
     ).toBeNull();
-    const created = { ...IDENTITY, lastCheckIn: 7, version: { epoch: 0, number: 0 } };
+    const created = { ...IDENTITY, lastCheckIn: 7, version: { epoch: 0, number: 0, overwritten: true } };
     expect(await theOnly(t, "userStatus")).toEqual(created);
   });
 
@@ -82,7 +82,7 @@ describe("updateUserStatus", () => {
     const epoch = await openShard(t);
     await applyEvents(t, epoch, statusEvent(4, { alertLevel: null }));
     await t.mutation(internal.alerts.updateUserStatus, { userId: USER, nextDue: 5 });
-    const changed = { ...IDENTITY, alertLevel: null, nextDue: 5, version: { epoch, number: 4 } };
+    const changed = { ...IDENTITY, alertLevel: null, nextDue: 5, version: { epoch, number: 4, overwritten: true } };
     expect(await theOnly(t, "userStatus")).toEqual(changed);
   });
 
@@ -92,6 +92,19 @@ describe("updateUserStatus", () => {
     const epoch = await openShard(t);
     expect(await applyEvents(t, epoch, statusEvent(0, { nextDue: 9 }))).toEqual(["applied"]);
     expect(await theOnly(t, "userStatus")).toEqual({ ...IDENTITY, nextDue: 9, version: { epoch, number: 0 } });
+  });
+
+  test("hides no version from a late copy of what the worker sent before", async () => {
+    const t = newDeployment();
+    const epoch = await openShard(t);
+    await applyEvents(t, epoch, statusEvent(5, { nextDue: 1 }));
+    await t.mutation(internal.alerts.updateUserStatus, { userId: USER, nextDue: 2 });
+    await applyEvents(t, epoch, statusEvent(6, { nextDue: 2 }));
+    await t.mutation(internal.alerts.updateUserStatus, { userId: USER, nextDue: 1 });
+    await applyEvents(t, epoch, statusEvent(7, { nextDue: 1 }));
+    expect(await applyEvents(t, epoch, statusEvent(6, { nextDue: 2 }))).toEqual(["stale"]);
+    expect(await statusOf(t)).toEqual({ ...IDENTITY, nextDue: 1 });
+    expect(await applyEvents(t, epoch, statusEvent(8, { nextDue: 1 }))).toEqual(["unchanged"]);
   });
 
   test("touches no other user's", async () => {

@@ -1,12 +1,19 @@
 """Writing through: the same calls that an application makes."""
 
 import asyncio
+import socket
+import subprocess
+import sys
+import threading
+import time
 import uuid
 from datetime import UTC, datetime, timedelta, timezone
+from unittest.mock import Mock
 
 import pytest
 from structlog.testing import capture_logs
 
+from cdc_worker import sync
 from cdc_worker.sync import (
     SyncError,
     sync_activity,
@@ -108,3 +115,74 @@ def test_what_convex_refuses_or_cannot_be_reached_for_is_an_error(
     monkeypatch.setenv("CDC_SYNC_SECONDS", "0.3")
     with pytest.raises(SyncError, match="no connection"):
         sync_user_status(user, next_due=NOON)
+
+
+def test_what_the_function_refuses_it_for_is_said(mirrored: Mirrored, user: str) -> None:
+    # The local Convex hides messages as a production deployment does.
+    with pytest.raises(SyncError, match=r"activities:addActivity: timestamp must be a finite number\.$"):
+        sync_activity(user, "check-in", "x", float("nan"))
+
+
+def test_the_deadline_holds_against_a_server_that_is_silent(monkeypatch: pytest.MonkeyPatch, user: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("CONVEX_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("CONVEX_DEPLOY_KEY", "key")
+        monkeypatch.setenv("CDC_CONVEX_TIMEOUT_SECONDS", "10")
+        monkeypatch.setenv("CDC_SYNC_SECONDS", "0.5")
+        began = time.monotonic()
+        with pytest.raises(SyncError, match="no answer in time"):
+            sync_activity(user, "check-in", "x", NOON)
+        assert time.monotonic() - began < 5
+
+
+def test_a_thread_that_could_not_start_is_started_by_the_next_call(
+    mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch, user: str
+) -> None:
+    monkeypatch.setattr(sync, "_LOOP", sync._Loop())
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError, match="can't start"):
+            sync_activity(user, "check-in", "x", NOON)
+    later = sync._submit(sync._activity(user, "check-in", "x", NOON, None, None))
+    assert later.result(timeout=10) is not None
+    sync._hang_up()
+
+
+# In a process of its own, since to fork one with threads is what must be survived. The child ends as gunicorn's do.
+_FORKS = """
+import os, sys, time
+from cdc_worker.sync import sync_activity
+user = sys.argv[1]
+sync_activity(user, "check-in", "before", 1)
+child = os.fork()
+if child == 0:
+    sync_activity(user, "check-in", "child", 2)
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+began = time.monotonic()
+sync_activity(user, "check-in", "after", 3)
+print(time.monotonic() - began)
+"""
+
+
+def test_a_fork_leaves_the_connections_of_the_parent_alone(mirrored: Mirrored, user: str) -> None:
+    ran = subprocess.run([sys.executable, "-c", _FORKS, user], capture_output=True, text=True, check=True, timeout=60)
+    assert float(ran.stdout) < 5
+    assert ran.stderr == ""
+    assert {each["description"] for each in mirrored.activities(user)} == {"before", "child", "after"}
+
+
+async def test_settings_that_change_leave_a_call_under_way_alone(
+    mirrored: Mirrored, local_convex: LocalConvex, monkeypatch: pytest.MonkeyPatch, user: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as slow:
+        slow.settimeout(10)
+        monkeypatch.setenv("CONVEX_URL", f"http://127.0.0.1:{slow.getsockname()[1]}")
+        under_way = asyncio.create_task(sync_activity_async(user, "check-in", "x", NOON))
+        connection, _ = await asyncio.to_thread(slow.accept)
+        monkeypatch.setenv("CONVEX_URL", local_convex.url)
+        assert await sync_activity_async(user, "check-in", "x", NOON) is not None
+        with connection:
+            body = b'{"status":"success","value":"late"}'
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            assert await under_way == "late"
