@@ -99,8 +99,9 @@ async def _run(worker: Worker) -> None:
 def migrate() -> None:
     """Bring the database up to date: the schema cdc, and the triggers that cdc_worker.toml asks for.
 
-    Safe to run twice and at the same time, and while the application writes: a table is locked for a moment, and never
-    waited for longer than 0.3 s at a time. Your tables get triggers and nothing else.
+    Safe to run twice and at the same time, and while the application writes: a table is locked for a moment, and not
+    waited for longer than 0.3 s at a time (once for 1.3 s, where an autovacuum has to give way). Your tables get
+    triggers and nothing else.
     """
     settings, mirrors = _start()
     asyncio.run(bring_up_to_date(settings.database_url.get_secret_value(), mirrors, shards=settings.shards))
