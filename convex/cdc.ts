@@ -1,10 +1,11 @@
 import type { Infer, Value } from "convex/values";
-import { compareValues, v } from "convex/values";
+import { v } from "convex/values";
 import { internal } from "./_generated/api";
 import type { Doc } from "./_generated/dataModel";
 import type { MutationCtx } from "./_generated/server";
 import { internalMutation, internalQuery } from "./_generated/server";
 import { requireIntegerWithin } from "./integerWithin";
+import { isSame } from "./isSame";
 import { activityTable, type MirrorTable, statusTable } from "./mirrorTables";
 import { UNVERSIONED, type Version } from "./schema";
 
@@ -180,8 +181,8 @@ async function applyTo<Content extends Value>(
   }
   const { content } = judgement;
   // What the application wrote takes the version even if it is equal: a late copy of this event must find it.
-  const same = stored?.version.overwritten !== true && doubles.length === 0;
-  if (same && stored !== undefined && compareValues(stored.content, content) === 0) {
+  const untouched = stored?.version.overwritten !== true && doubles.length === 0;
+  if (untouched && stored !== undefined && isSame(stored.content, content)) {
     return "unchanged"; // Not even the version: a write would wake everybody who watches the document.
   }
   if (tombstone !== null) await ctx.db.delete("cdcTombstones", tombstone._id);
