@@ -8,10 +8,11 @@ import { requireIntegerWithin } from "./integerWithin";
 import { isSame } from "./isSame";
 import { activityTable, type MirrorTable, statusTable } from "./mirrorTables";
 import { UNVERSIONED, type Version } from "./schema";
+import { whatFits } from "./whatFits";
 
 // What the worker and Convex say to each other: docs/protocol.md.
 
-// Each key read is a whole document read, and a query may read 16 MiB.
+// Each key read is a whole document read, of which a query may read 32,000.
 const MOST_KEYS = 1000;
 
 // As many as there can be workers; all are looked at when their number changes.
@@ -226,7 +227,8 @@ async function bury(
 }
 
 /**
- * The keys of a mirror's documents in order, the part behind the colon, at most `limit` of them, after `after`.
+ * The keys of a mirror's documents in order, the part behind the colon, after `after`: at most `limit`, and fewer where
+ * the documents are large. Only an empty answer is the end.
  *
  * For a comparison of Convex with Postgres. A status has no key but its user, and there is one status mirror at most,
  * so all statuses are that mirror's, the ones that `updateUserStatus` wrote too.
@@ -238,20 +240,21 @@ export const keys = internalQuery({
   returns: v.array(v.string()),
   handler: async (ctx, { mirror, target, after, limit }) => {
     requireIntegerWithin("limit", limit, 1, MOST_KEYS);
+    const found: string[] = [];
     if (target === "status") {
-      const statuses = await ctx.db
+      const statuses = ctx.db
         .query("userStatus")
-        .withIndex("by_user", (q) => (after === null ? q : q.gt("userId", after)))
-        .take(limit);
-      return statuses.map((status) => status.userId);
+        .withIndex("by_user", (q) => (after === null ? q : q.gt("userId", after)));
+      for await (const status of whatFits(statuses, limit)) found.push(status.userId);
+      return found;
     }
     const first = `${mirror}:`;
     const end = `${mirror};`; // The semicolon is the character after the colon.
-    const activities = await ctx.db
+    const activities = ctx.db
       .query("activities")
-      .withIndex("by_key", (q) => (after === null ? q.gte("key", first) : q.gt("key", first + after)).lt("key", end))
-      .take(limit);
-    return activities.map((activity) => (activity.key ?? first).slice(first.length));
+      .withIndex("by_key", (q) => (after === null ? q.gte("key", first) : q.gt("key", first + after)).lt("key", end));
+    for await (const { key = first } of whatFits(activities, limit)) found.push(key.slice(first.length));
+    return found;
   },
 });
 

@@ -1,6 +1,16 @@
 import { afterEach, beforeEach, describe, expect, test, vi } from "vitest";
 import { api, internal } from "../../convex/_generated/api";
-import { activityEvent, applyEvents, everything, newDeployment, openShard, refusal, theOnly, USER } from "./deployment";
+import {
+  activityEvent,
+  applyEvents,
+  everything,
+  insertLarge,
+  newDeployment,
+  openShard,
+  refusal,
+  theOnly,
+  USER,
+} from "./deployment";
 
 afterEach(() => {
   vi.unstubAllEnvs();
@@ -54,6 +64,16 @@ describe("getRecentActivities", () => {
     expect(await count()).toBe(20);
     expect(await count(1)).toBe(1);
     expect(await count(100)).toBe(100);
+  });
+
+  test("shows fewer where they are large, and fails for none of that", async () => {
+    const t = newDeployment();
+    await insertLarge(
+      t,
+      Array.from({ length: 20 }, (_, i) => `check-ins:${i}`),
+    );
+    const recent = await t.query(api.activities.getRecentActivities, { userId: USER });
+    expect(recent.map(({ timestamp }) => timestamp)).toEqual([19, 18, 17, 16, 15, 14, 13, 12, 11]);
   });
 
   test.each([0, 101, -1, 1.5, Number.NaN, Number.POSITIVE_INFINITY])("refuses the limit %d", async (limit) => {
