@@ -37,7 +37,7 @@ export const getRecentActivities = query({
  * not know whether its request arrived just repeats it. The key is one for all users. Internal: only a deploy key
  * writes.
  *
- * @throws ConvexError `invalid_argument` for a timestamp that is not finite.
+ * @throws ConvexError `invalid_argument` for a timestamp that is not finite, or a key that another user's activity has.
  */
 export const addActivity = internalMutation({
   args: { ...activityContent, idempotencyKey: v.optional(v.string()) },
@@ -54,6 +54,11 @@ export const addActivity = internalMutation({
       .query("activities")
       .withIndex("by_key", (q) => q.eq("key", key))
       .first();
-    return first?._id ?? ctx.db.insert("activities", { ...activity, key });
+    if (first === null) return ctx.db.insert("activities", { ...activity, key });
+    if (first.userId !== activity.userId) {
+      // The first one's id would say of this user's that it is there.
+      throw new ConvexError({ code: "invalid_argument", message: "Another user's activity has this idempotencyKey." });
+    }
+    return first._id;
   },
 });

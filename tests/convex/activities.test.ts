@@ -130,6 +130,16 @@ describe("addActivity", () => {
     expect(await theOnly(t, "activities")).toMatchObject({ ...activity(5), key: "app:k" });
   });
 
+  test("refuses an idempotency key that another user's activity has", async () => {
+    const t = newDeployment();
+    const add = (userId: string) =>
+      t.mutation(internal.activities.addActivity, { ...activity(5, userId), idempotencyKey: "k" });
+    const first = await add(USER);
+    expect(await refusal(add("u2"), "invalid_argument")).toBe("Another user's activity has this idempotencyKey.");
+    expect(await add(USER)).toBe(first);
+    expect(await theOnly(t, "activities")).toMatchObject({ userId: USER });
+  });
+
   test("adds two for two keys, and for none", async () => {
     const t = newDeployment();
     for (const key of [{ idempotencyKey: "a" }, { idempotencyKey: "b" }, {}, {}]) {
