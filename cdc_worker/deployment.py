@@ -25,11 +25,16 @@ from convex import ConvexError
 
 Kind = Literal["query", "mutation"]
 
-# By the code in the answer, where the status (400) says less, or by the status.
+# By the code in the answer, where the status says less, or by the status.
 _CURES: Mapping[str | int, str] = {
     "InvalidAdminKey": "is CONVEX_DEPLOY_KEY whole?",
+    "BadDeployKey": "CONVEX_DEPLOY_KEY does not belong to this deployment",
     401: "CONVEX_DEPLOY_KEY does not belong to this deployment",
+    "OperationNotPermitted": "CONVEX_DEPLOY_KEY needs the permissions deployment:functions:runInternalQueries and "
+    "deployment:functions:runInternalMutations",
     403: "CONVEX_DEPLOY_KEY may not do this: make a new deploy key in the dashboard",
+    # Some deployments say so of a function, in place of a failure.
+    "FunctionPathNotFound": "deploy the convex/ folder of this worker's version",
     404: "there is no deployment at CONVEX_URL (in the cloud it ends in .convex.cloud, not in .convex.site or a path)",
 }
 # These may be about the one request, or about all of them: whoever sent it finds out.

@@ -99,6 +99,22 @@ def test_the_table_of_facts(status: int, body: str, outcome: object) -> None:
     assert found == outcome or (isinstance(found, type) and isinstance(outcome, type) and issubclass(found, outcome))
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "cure"),
+    [
+        (401, "BadAdminKey", "CONVEX_DEPLOY_KEY does not belong to this deployment"),
+        (403, "BadDeployKey", "CONVEX_DEPLOY_KEY does not belong to this deployment"),
+        (403, "OperationNotPermitted", "CONVEX_DEPLOY_KEY needs the permissions .*runInternalMutations"),
+        (403, "", "CONVEX_DEPLOY_KEY may not do this"),
+        (404, "FunctionPathNotFound", "deploy the convex/ folder"),
+        (404, "", "there is no deployment at CONVEX_URL"),
+    ],
+)
+def test_what_to_do_about_an_answer(status: int, code: str, cure: str) -> None:
+    with pytest.raises(Misconfigured, match=f"^HTTP {status} ?{code}: {cure}"):
+        _decode(status, json.dumps({"code": code}).encode())
+
+
 def test_special_floats() -> None:
     assert math.isnan(_decode(200, b'{"status":"success","value":{"$float":"AAAAAAAA+H8="}}'))
 
