@@ -153,7 +153,7 @@ def _decode(status: int, text: bytes) -> Any:
         raise FunctionFailed(f"{said}: {_REFUSALS[status]}")
     if 300 <= status < 400:
         raise Misconfigured(f"{said}: CONVEX_URL is redirected; give the deployment's own address")
-    # Too many at once, or a conflict that Convex' own retries did not solve: it did not run. Whoever is between says 503
+    # Too many at once, or a conflict that Convex' own retries did not solve: it did not run. Who is in between says 503
     # without a code, and may say so of a request that it has passed on.
     if status == 429 or (status == 503 and code):
         raise Overloaded(said)
