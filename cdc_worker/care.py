@@ -226,7 +226,7 @@ class Care:
                 except (FunctionFailed, ConvexError) as failure:
                     if most == 1:
                         raise Misconfigured(f"{failure}: is the deployment running?") from None
-                    # Whole documents are read to list their keys, and large ones pass the limit of a query.
+                    # Whole documents are read to list their keys: large ones may take more time than a query has.
                     most = max(most // 4, 1)
                     continue
                 if not isinstance(keys, list):

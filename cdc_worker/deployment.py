@@ -25,11 +25,16 @@ from convex import ConvexError
 
 Kind = Literal["query", "mutation"]
 
-# By the code in the answer, where the status (400) says less, or by the status.
+# By the code in the answer, where the status says less, or by the status.
 _CURES: Mapping[str | int, str] = {
     "InvalidAdminKey": "is CONVEX_DEPLOY_KEY whole?",
+    "BadDeployKey": "CONVEX_DEPLOY_KEY does not belong to this deployment",
     401: "CONVEX_DEPLOY_KEY does not belong to this deployment",
+    "OperationNotPermitted": "CONVEX_DEPLOY_KEY needs the permissions deployment:functions:runInternalQueries and "
+    "deployment:functions:runInternalMutations",
     403: "CONVEX_DEPLOY_KEY may not do this: make a new deploy key in the dashboard",
+    # Some deployments say so of a function, in place of a failure.
+    "FunctionPathNotFound": "deploy the convex/ folder of this worker's version",
     404: "there is no deployment at CONVEX_URL (in the cloud it ends in .convex.cloud, not in .convex.site or a path)",
 }
 # These may be about the one request, or about all of them: whoever sent it finds out.
@@ -148,7 +153,9 @@ def _decode(status: int, text: bytes) -> Any:
         raise FunctionFailed(f"{said}: {_REFUSALS[status]}")
     if 300 <= status < 400:
         raise Misconfigured(f"{said}: CONVEX_URL is redirected; give the deployment's own address")
-    if status in {429, 503}:  # too many at once, or a conflict that Convex' own retries did not solve
+    # Too many at once, or a conflict that Convex' own retries did not solve: it did not run. Who is in between says 503
+    # without a code, and may say so of a request that it has passed on.
+    if status == 429 or (status == 503 and code):
         raise Overloaded(said)
     raise Transient(said)
 

@@ -64,8 +64,9 @@ select count(*) from gone
 
 # Of one batch.
 _REASONS_SAID = 5
-# A broken mirror has been said itself (`mirror.broken`), and each change adds to its keys: those are said so seldom.
-_BROKEN_REMINDER_SECONDS = 60.0
+# Keys that come one after the other for one cause are said so seldom: those of a broken mirror, which has been said
+# itself (`mirror.broken`), and those that Convex refuses, each by itself: its functions may refuse every key there is.
+_REMINDER_SECONDS = 60.0
 
 
 class Parking:
@@ -79,9 +80,9 @@ class Parking:
         self._shard = shard
         self._lease = (shard.name, token)
         self.count = 0
-        # Of broken mirrors (a reason is worded anew now and then): when some keys were said last (monotonic), and how
-        # many have come since.
-        self._broken_said: dict[int, tuple[float, int]] = {}
+        # Of a broken mirror, or of all that Convex refuses (a reason is worded anew, or names its request):
+        # when some keys were said last (monotonic), and how many have come since.
+        self._seldom_said: dict[object, tuple[float, int]] = {}
 
     async def load(self) -> None:
         ((self.count,),) = await self._database.execute(_COUNT)
@@ -116,10 +117,11 @@ class Parking:
             raise Fenced(f"shard {self._shard} has another reader now")
         self.count += sum(new for (new,) in parked)
         each = Counter(
-            (kind, reason, mirror if kind == "mirror" else None) for (mirror, _), (kind, reason) in reasons.items()
+            (kind, reason, {"mirror": mirror, "refused": "refused"}.get(kind))
+            for (mirror, _), (kind, reason) in reasons.items()
         ).most_common()
-        for (kind, reason, broken), keys_hit in each[:_REASONS_SAID]:
-            if to_say := keys_hit if broken is None else self._unsaid(broken, keys_hit):
+        for (kind, reason, seldom), keys_hit in each[:_REASONS_SAID]:
+            if to_say := keys_hit if seldom is None else self._unsaid(seldom, keys_hit):
                 log.error("key.parked", kind=kind, reason=reason, keys=to_say, parked_keys=self.count)
         if others := each[_REASONS_SAID:]:
             log.error(
@@ -130,12 +132,12 @@ class Parking:
                 parked_keys=self.count,
             )
 
-    def _unsaid(self, mirror: int, keys: int) -> int:
+    def _unsaid(self, cause: object, keys: int) -> int:
         """How many keys are to be said now, with those that have not been; 0 if it is too soon."""
-        said, before = self._broken_said.get(mirror, (-math.inf, 0))
+        said, before = self._seldom_said.get(cause, (-math.inf, 0))
         now = time.monotonic()
-        is_due = now - said > _BROKEN_REMINDER_SECONDS
-        self._broken_said[mirror] = (now, 0) if is_due else (said, before + keys)
+        is_due = now - said > _REMINDER_SECONDS
+        self._seldom_said[cause] = (now, 0) if is_due else (said, before + keys)
         return before + keys if is_due else 0
 
     async def settle(self, good: Iterable[tuple[int, str]]) -> None:

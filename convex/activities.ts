@@ -4,12 +4,13 @@ import { requireIntegerWithin } from "./integerWithin";
 import { judgeContent } from "./judgeContent";
 import { requireReadAccess } from "./readAccess";
 import { activityContent } from "./schema";
+import { whatFits } from "./whatFits";
 
 const MOST_RECENT_ACTIVITIES = 100; // What a page can show; a query that is watched live should stay cheap to rerun.
 
 /**
- * The newest activities of a user, newest first, 20 unless told otherwise. It reads whole documents, of which a query
- * may read 16 MiB: where `metadata` is large, ask for fewer.
+ * The newest activities of a user, newest first, 20 unless told otherwise; fewer where they have more than 8 MiB
+ * together.
  *
  * @throws ConvexError `unauthenticated` or `forbidden` (readAccess.ts), `invalid_argument` for a limit out of bounds.
  */
@@ -19,12 +20,13 @@ export const getRecentActivities = query({
   handler: async (ctx, { userId, limit = 20 }) => {
     await requireReadAccess(ctx, userId);
     requireIntegerWithin("limit", limit, 1, MOST_RECENT_ACTIVITIES);
-    const documents = await ctx.db
+    const newest = ctx.db
       .query("activities")
       .withIndex("by_user_timestamp", (q) => q.eq("userId", userId))
-      .order("desc")
-      .take(limit);
-    return documents.map(({ key: _key, version: _version, ...shown }) => shown);
+      .order("desc");
+    const recent = [];
+    for await (const { key: _key, version: _version, ...shown } of whatFits(newest, limit)) recent.push(shown);
+    return recent;
   },
 });
 
@@ -35,7 +37,7 @@ export const getRecentActivities = query({
  * not know whether its request arrived just repeats it. The key is one for all users. Internal: only a deploy key
  * writes.
  *
- * @throws ConvexError `invalid_argument` for a timestamp that is not finite.
+ * @throws ConvexError `invalid_argument` for a timestamp that is not finite, or a key that another user's activity has.
  */
 export const addActivity = internalMutation({
   args: { ...activityContent, idempotencyKey: v.optional(v.string()) },
@@ -52,6 +54,11 @@ export const addActivity = internalMutation({
       .query("activities")
       .withIndex("by_key", (q) => q.eq("key", key))
       .first();
-    return first?._id ?? ctx.db.insert("activities", { ...activity, key });
+    if (first === null) return ctx.db.insert("activities", { ...activity, key });
+    if (first.userId !== activity.userId) {
+      // The first one's id would say of this user's that it is there.
+      throw new ConvexError({ code: "invalid_argument", message: "Another user's activity has this idempotencyKey." });
+    }
+    return first._id;
   },
 });

@@ -1,16 +1,18 @@
 import type { Infer, Value } from "convex/values";
-import { compareValues, v } from "convex/values";
+import { v } from "convex/values";
 import { internal } from "./_generated/api";
 import type { Doc } from "./_generated/dataModel";
 import type { MutationCtx } from "./_generated/server";
 import { internalMutation, internalQuery } from "./_generated/server";
 import { requireIntegerWithin } from "./integerWithin";
+import { isSame } from "./isSame";
 import { activityTable, type MirrorTable, statusTable } from "./mirrorTables";
 import { UNVERSIONED, type Version } from "./schema";
+import { whatFits } from "./whatFits";
 
 // What the worker and Convex say to each other: docs/protocol.md.
 
-// Each key read is a whole document read, and a query may read 16 MiB.
+// Each key read is a whole document read, of which a query may read 32,000.
 const MOST_KEYS = 1000;
 
 // As many as there can be workers; all are looked at when their number changes.
@@ -180,8 +182,8 @@ async function applyTo<Content extends Value>(
   }
   const { content } = judgement;
   // What the application wrote takes the version even if it is equal: a late copy of this event must find it.
-  const same = stored?.version.overwritten !== true && doubles.length === 0;
-  if (same && stored !== undefined && compareValues(stored.content, content) === 0) {
+  const untouched = stored?.version.overwritten !== true && doubles.length === 0;
+  if (untouched && stored !== undefined && isSame(stored.content, content)) {
     return "unchanged"; // Not even the version: a write would wake everybody who watches the document.
   }
   if (tombstone !== null) await ctx.db.delete("cdcTombstones", tombstone._id);
@@ -225,7 +227,8 @@ async function bury(
 }
 
 /**
- * The keys of a mirror's documents in order, the part behind the colon, at most `limit` of them, after `after`.
+ * The keys of a mirror's documents in order, the part behind the colon, after `after`: at most `limit`, and fewer where
+ * the documents are large. Only an empty answer is the end.
  *
  * For a comparison of Convex with Postgres. A status has no key but its user, and there is one status mirror at most,
  * so all statuses are that mirror's, the ones that `updateUserStatus` wrote too.
@@ -237,36 +240,41 @@ export const keys = internalQuery({
   returns: v.array(v.string()),
   handler: async (ctx, { mirror, target, after, limit }) => {
     requireIntegerWithin("limit", limit, 1, MOST_KEYS);
+    const found: string[] = [];
     if (target === "status") {
-      const statuses = await ctx.db
+      const statuses = ctx.db
         .query("userStatus")
-        .withIndex("by_user", (q) => (after === null ? q : q.gt("userId", after)))
-        .take(limit);
-      return statuses.map((status) => status.userId);
+        .withIndex("by_user", (q) => (after === null ? q : q.gt("userId", after)));
+      for await (const status of whatFits(statuses, limit)) found.push(status.userId);
+      return found;
     }
     const first = `${mirror}:`;
     const end = `${mirror};`; // The semicolon is the character after the colon.
-    const activities = await ctx.db
+    const activities = ctx.db
       .query("activities")
-      .withIndex("by_key", (q) => (after === null ? q.gte("key", first) : q.gt("key", first + after)).lt("key", end))
-      .take(limit);
-    return activities.map((activity) => (activity.key ?? first).slice(first.length));
+      .withIndex("by_key", (q) => (after === null ? q.gte("key", first) : q.gt("key", first + after)).lt("key", end));
+    for await (const { key = first } of whatFits(activities, limit)) found.push(key.slice(first.length));
+    return found;
   },
 });
 
 /**
  * Deletes tombstones that no late request can need any more, in batches that reschedule themselves. Run by crons.ts.
+ *
+ * `from`: what is buried earlier was deleted just now. For some minutes Convex walks over deleted documents as if they
+ * were there, and a batch that began at the first would walk over those of all batches before it.
  */
 export const prune = internalMutation({
-  args: {},
+  args: { from: v.optional(v.number()) },
   returns: v.null(),
-  handler: async (ctx): Promise<null> => {
+  handler: async (ctx, { from = 0 }): Promise<null> => {
     const expired = await ctx.db
       .query("cdcTombstones")
-      .withIndex("by_at", (q) => q.lt("at", Date.now() - TOMBSTONE_MS))
+      .withIndex("by_at", (q) => q.gte("at", from).lt("at", Date.now() - TOMBSTONE_MS))
       .take(PRUNE_BATCH);
     for (const tombstone of expired) await ctx.db.delete("cdcTombstones", tombstone._id);
-    if (expired.length === PRUNE_BATCH) await ctx.scheduler.runAfter(0, internal.cdc.prune, {});
+    const last = expired[PRUNE_BATCH - 1];
+    if (last !== undefined) await ctx.scheduler.runAfter(0, internal.cdc.prune, { from: last.at });
     return null;
   },
 });

@@ -13,9 +13,11 @@ import type * as alerts from "../alerts.js";
 import type * as cdc from "../cdc.js";
 import type * as crons from "../crons.js";
 import type * as integerWithin from "../integerWithin.js";
+import type * as isSame from "../isSame.js";
 import type * as judgeContent from "../judgeContent.js";
 import type * as mirrorTables from "../mirrorTables.js";
 import type * as readAccess from "../readAccess.js";
+import type * as whatFits from "../whatFits.js";
 
 import type {
   ApiFromModules,
@@ -29,9 +31,11 @@ declare const fullApi: ApiFromModules<{
   cdc: typeof cdc;
   crons: typeof crons;
   integerWithin: typeof integerWithin;
+  isSame: typeof isSame;
   judgeContent: typeof judgeContent;
   mirrorTables: typeof mirrorTables;
   readAccess: typeof readAccess;
+  whatFits: typeof whatFits;
 }>;
 
 /**

@@ -88,9 +88,9 @@ async def _keys(reads: ConvexReads, mirror: str, target: str) -> set[str]:
     while True:
         args = {"mirror": mirror, "target": target, "after": after, "limit": _PAGE_KEYS}
         page = await reads.query("cdc:keys", args, admin=True)
-        found.update(page)
-        if len(page) < _PAGE_KEYS:
+        if not page:
             return found
+        found.update(page)
         after = page[-1]
 
 

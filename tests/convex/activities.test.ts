@@ -1,6 +1,16 @@
 import { afterEach, beforeEach, describe, expect, test, vi } from "vitest";
 import { api, internal } from "../../convex/_generated/api";
-import { activityEvent, applyEvents, everything, newDeployment, openShard, refusal, theOnly, USER } from "./deployment";
+import {
+  activityEvent,
+  applyEvents,
+  everything,
+  insertLarge,
+  newDeployment,
+  openShard,
+  refusal,
+  theOnly,
+  USER,
+} from "./deployment";
 
 afterEach(() => {
   vi.unstubAllEnvs();
@@ -56,6 +66,16 @@ describe("getRecentActivities", () => {
     expect(await count(100)).toBe(100);
   });
 
+  test("shows fewer where they are large, and fails for none of that", async () => {
+    const t = newDeployment();
+    await insertLarge(
+      t,
+      Array.from({ length: 20 }, (_, i) => `check-ins:${i}`),
+    );
+    const recent = await t.query(api.activities.getRecentActivities, { userId: USER });
+    expect(recent.map(({ timestamp }) => timestamp)).toEqual([19, 18, 17, 16, 15, 14, 13, 12, 11]);
+  });
+
   test.each([0, 101, -1, 1.5, Number.NaN, Number.POSITIVE_INFINITY])("refuses the limit %d", async (limit) => {
     const t = newDeployment();
     const call = t.query(api.activities.getRecentActivities, { userId: USER, limit });
@@ -108,6 +128,16 @@ describe("addActivity", () => {
     const again = await t.mutation(internal.activities.addActivity, { ...activity(6), idempotencyKey: "k" });
     expect(again).toBe(first);
     expect(await theOnly(t, "activities")).toMatchObject({ ...activity(5), key: "app:k" });
+  });
+
+  test("refuses an idempotency key that another user's activity has", async () => {
+    const t = newDeployment();
+    const add = (userId: string) =>
+      t.mutation(internal.activities.addActivity, { ...activity(5, userId), idempotencyKey: "k" });
+    const first = await add(USER);
+    expect(await refusal(add("u2"), "invalid_argument")).toBe("Another user's activity has this idempotencyKey.");
+    expect(await add(USER)).toBe(first);
+    expect(await theOnly(t, "activities")).toMatchObject({ userId: USER });
   });
 
   test("adds two for two keys, and for none", async () => {

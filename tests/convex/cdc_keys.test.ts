@@ -4,6 +4,7 @@ import {
   activityEvent,
   applyEvents,
   type Deployment,
+  insertLarge,
   newDeployment,
   openShard,
   refusal,
@@ -49,6 +50,20 @@ describe("keys", () => {
     const t = await filled();
     expect(await keys(t, "status", null, 2)).toEqual(["u1", "u2"]);
     expect(await keys(t, "status", "u2", 2)).toEqual(["u3"]);
+  });
+
+  test("of large documents come in shorter pages, so that no call fails", async () => {
+    const t = newDeployment();
+    const all = Array.from("abcdefghijklmnopqrst");
+    await insertLarge(
+      t,
+      all.map((key) => `check-ins:${key}`),
+    );
+    const first = await keys(t, "activity", null, 1000);
+    const second = await keys(t, "activity", first.at(-1) ?? null, 1000);
+    const third = await keys(t, "activity", second.at(-1) ?? null, 1000);
+    expect([first, second, third]).toEqual([all.slice(0, 9), all.slice(9, 18), all.slice(18)]);
+    expect(await keys(t, "activity", "t", 1000)).toEqual([]);
   });
 
   test("of a mirror without documents are none", async () => {

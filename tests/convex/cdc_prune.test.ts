@@ -38,6 +38,20 @@ test("one run removes 500 and leaves the rest to runs that follow at once", asyn
   expect(await everything(t, "cdcTombstones")).toHaveLength(3);
 });
 
+test("a run that follows begins where the one before it ended", async () => {
+  vi.useFakeTimers({ now: 1_000_000_000_000 });
+  const t = newDeployment();
+  await bury(t, 400, DAY_MS + 3);
+  await bury(t, 200, DAY_MS + 2);
+  await t.mutation(internal.cdc.prune, {});
+  const [next] = await t.run((ctx) => ctx.db.system.query("_scheduled_functions").collect());
+  const from = Date.now() - DAY_MS - 2;
+  expect(next).toMatchObject({ name: "cdc:prune", args: [{ from }] });
+  await bury(t, 1, DAY_MS + 3);
+  await t.mutation(internal.cdc.prune, { from });
+  expect(await everything(t, "cdcTombstones")).toMatchObject([{ at: from - 1 }]);
+});
+
 test("a cron prunes every hour", () => {
   expect(Object.values(crons.crons)).toEqual([
     { name: "cdc:prune", args: [{}], schedule: { type: "interval", hours: 1 } },

@@ -7,9 +7,10 @@ import schema from "../../convex/schema";
 
 export type Deployment = TestConvex<typeof schema>;
 
-/** A deployment of the real functions with an empty database. */
+/** A deployment of the real functions with an empty database, and with Convex' limits of a transaction. */
 export function newDeployment(): Deployment {
-  return convexTest(schema, import.meta.glob("../../convex/**/*.{ts,js}"));
+  const modules = import.meta.glob("../../convex/**/*.{ts,js}");
+  return convexTest({ schema, modules, transactionLimits: true });
 }
 
 export const SHARD = "main";
@@ -48,6 +49,16 @@ export async function applyEvents(t: Deployment, epoch: number, ...events: AnyEv
   const answer = await t.mutation(internal.cdc.apply, { shard: SHARD, epoch, events });
   if (answer.outcome !== "applied") throw new Error(`The batch was fenced by epoch ${answer.epoch}.`);
   return answer.verdicts;
+}
+
+const LARGE = "x".repeat(1_000_000);
+
+/** Inserts activities of the user that are nearly as large as a document may be, one of each key. */
+export async function insertLarge(t: Deployment, keys: string[]): Promise<void> {
+  for (const [timestamp, key] of keys.entries()) {
+    const activity = { userId: USER, type: "check-in" as const, description: LARGE, timestamp, key };
+    await t.run(async (ctx) => void (await ctx.db.insert("activities", activity)));
+  }
 }
 
 type Table = "activities" | "userStatus" | "cdcCounter" | "cdcShards" | "cdcTombstones";

@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 from convex.http_client import ConvexHttpClient
 
+from cdc_worker import parking
 from cdc_worker.database import Database as Pool
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import Transient
@@ -153,6 +154,27 @@ async def test_a_key_that_convex_alone_refuses_is_found_and_parked(  # fixtures
         db.execute("""delete from "CheckIn" where id = %s""", f"{user}-11")
         await eventually(lambda: mirrored.descriptions(user), sorted([*wanted, "note 3"]))
         await eventually(lambda: db.execute(parked), [])
+
+
+async def test_keys_that_convex_refuses_one_by_one_are_not_said_one_by_one(
+    mirrors: Sequence[Mirror], db: Database, between: Interposed, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    between.fault = refuses(b"poison")
+    async with worker_at_work(quick_settings(db.dsn, between.convex), mirrors) as running:
+        await running.said("backfill.done")
+
+        async def refuse(keys: range) -> None:
+            with db.connection.transaction():
+                for n in keys:
+                    check_in(db, user, str(n), "poison")
+            await eventually(lambda: db.one("select count(*) from cdc.parked_key"), keys.stop)
+
+        await refuse(range(10))
+        assert [line["keys"] for line in running.log.of("key.parked")] == [1]
+        monkeypatch.setattr(parking, "_REMINDER_SECONDS", 0.0)
+        await refuse(range(10, 11))
+        assert [line["keys"] for line in running.log.of("key.parked")] == [1, 10]
+        await running.stop()
 
 
 async def test_functions_that_come_back_just_before_the_probe_are_no_fault_of_the_key(  # fixtures

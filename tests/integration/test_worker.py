@@ -492,7 +492,7 @@ async def test_keys_of_a_broken_mirror_are_not_said_with_each_write(
         for number in range(1, 7):
             await another(number)
         assert [line["keys"] for line in running.log.of("key.parked")] == [1]
-        monkeypatch.setattr(parking, "_BROKEN_REMINDER_SECONDS", 0.0)
+        monkeypatch.setattr(parking, "_REMINDER_SECONDS", 0.0)
         await another(7)
         assert [line["keys"] for line in running.log.of("key.parked")] == [1, 6]
 

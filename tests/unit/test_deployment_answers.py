@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cdc_worker.deployment import _decode
-from cdc_worker.errors import FunctionFailed, Misconfigured, Transient
+from cdc_worker.errors import FunctionFailed, Misconfigured, Overloaded, Transient
 from convex import ConvexError
 
 CLOSED = (Transient, Misconfigured, FunctionFailed, ConvexError)
@@ -88,15 +88,38 @@ def test_any_answer(status: int, answer: dict[str, Any]) -> None:
         (403, '{"code":"BadDeployKey"}', Misconfigured),
         (404, "", Misconfigured),
         (408, "", Transient),
-        (429, '{"code":"TooManyWrites"}', Transient),
+        (429, '{"code":"TooManyWrites"}', Overloaded),
+        (429, "<html>", Overloaded),
         (500, '{"code":"InternalServerError"}', Transient),
-        (503, '{"code":"OptimisticConcurrencyControlFailure"}', Transient),
+        (503, '{"code":"OptimisticConcurrencyControlFailure"}', Overloaded),
         (502, "<html>", Transient),
     ],
 )
 def test_the_table_of_facts(status: int, body: str, outcome: object) -> None:
     found = decode(status, body.encode())
     assert found == outcome or (isinstance(found, type) and isinstance(outcome, type) and issubclass(found, outcome))
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "cure"),
+    [
+        (401, "BadAdminKey", "CONVEX_DEPLOY_KEY does not belong to this deployment"),
+        (403, "BadDeployKey", "CONVEX_DEPLOY_KEY does not belong to this deployment"),
+        (403, "OperationNotPermitted", "CONVEX_DEPLOY_KEY needs the permissions .*runInternalMutations"),
+        (403, "", "CONVEX_DEPLOY_KEY may not do this"),
+        (404, "FunctionPathNotFound", "deploy the convex/ folder"),
+        (404, "", "there is no deployment at CONVEX_URL"),
+    ],
+)
+def test_what_to_do_about_an_answer(status: int, code: str, cure: str) -> None:
+    with pytest.raises(Misconfigured, match=f"^HTTP {status} ?{code}: {cure}"):
+        _decode(status, json.dumps({"code": code}).encode())
+
+
+def test_a_503_without_a_code_may_have_run() -> None:
+    with pytest.raises(Transient) as caught:
+        _decode(503, b"upstream connect error or disconnect/reset before headers")
+    assert not isinstance(caught.value, Overloaded)
 
 
 def test_special_floats() -> None:

@@ -224,3 +224,8 @@ def test_the_readme_names_the_command_that_continuous_integration_runs() -> None
 def test_the_readme_has_the_procfile() -> None:
     lines = (ROOT / "Procfile").read_text().splitlines()
     assert all(f"    {line}\n" in README.read_text() for line in lines)
+
+
+def test_a_project_with_functions_of_its_own_is_told_every_file_that_it_needs() -> None:
+    told = re.findall(r"`(\w+\.ts)`", README.read_text())
+    assert set(told) == {path.name for path in (ROOT / "convex").glob("*.ts")}
