@@ -131,7 +131,8 @@ _FEW_AND_MORE = """{few}
     if capture.written operator(pg_catalog.=) {few_are} then
         {more}
     end if;"""
-_ONE_OR_MORE = """if exists (select from cdc_old offset 1) then
+_ONE_OR_MORE = """perform from cdc_old offset 1;
+    if found then
         {more}
     else
         {one}
@@ -189,14 +190,16 @@ _MORE_KEYS = """
 # nothing new but to the planner, who else expects a hundred times as many pairs. `offset 0` keeps it from carrying on
 # whole rows where the keys are enough.
 # A row of the log never has both, `key` and `keys`: workers of 0.1.0 know `key` alone, and would miss the others.
-_ONE_PAIR = """select c.mirror, case when c.keys is null then c.key end, c.keys
+_ONE_PAIR = """select c.mirror, c.key, c.keys
             from {old} as o left join {new} as n on true
             cross join lateral ({feeds}) as c
-            where c.key is not null and c.changed or c.missing"""
-_ONE_PAIR_KEYS = """select {mirror}::pg_catalog.int2 as mirror, coalesce(n.{key}, o.{key}) as key,
+            where c.present and c.changed or c.missing"""
+_ONE_PAIR_KEYS = """select {mirror}::pg_catalog.int2 as mirror,
+                case when (o.{key} operator(pg_catalog.<>) n.{key} collate pg_catalog."C") is not true
+                    then coalesce(n.{key}, o.{key}) end as key,
                 case when o.{key} operator(pg_catalog.<>) n.{key} collate pg_catalog."C"
                     then array[n.{key}, o.{key}] end as keys,
-                {changed} as changed, o.{missing} as missing"""
+                o.{present} or n.{present} as present, {changed} as changed, o.{missing} as missing"""
 _MORE_PAIRS = """
             select cdc.written(), f.mirror, f.keys
             from (

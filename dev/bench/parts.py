@@ -10,7 +10,7 @@ import psycopg
 
 from cdc_worker.capture import GATE
 from dev.bench.results import Bench, Results, Row
-from dev.bench.stage import ROWS, Stage, stage
+from dev.bench.stage import ROWS, Stage, altered, stage
 from dev.bench.triggers import EVENTS, add_triggers, captured, only_the_key
 
 # Statements of one row in a loop in the server, together in one transaction or each in its own.
@@ -117,6 +117,19 @@ _PARTS: Final = (
         " alter table cdc.part_timeless drop column at",
     ),
     Part(
+        "with narrow columns first in the log",
+        _put(r"cdc\.outbox_0", "cdc.part_narrow"),
+        "create table cdc.part_narrow (mirror smallint not null, key text, keys text[],"
+        " slot smallint not null default 0, at timestamptz not null default now(),"
+        " xid xid8 not null default pg_current_xact_id(), id bigint not null default nextval('cdc.outbox_id'));"
+        " create index on cdc.part_narrow (xid, id)",
+    ),
+    Part(
+        "with a log that has no partitions",
+        _put(r"cdc\.outbox_0", "cdc.part_whole"),
+        "create table cdc.part_whole (like cdc.outbox_0 including defaults including indexes)",
+    ),
+    Part(
         "with a partition that Postgres finds",
         _put(r"cdc\.outbox_0", "cdc.outbox"),
         "alter table cdc.outbox alter slot set default 0",
@@ -129,7 +142,9 @@ _PARTS: Final = (
 
 def parts(bench: Bench, results: Results) -> list[Row]:
     del results
-    with stage(bench.server) as on, _connect(on) as backend:
+    # Where much is written but not flushed, each commit wakes the WAL writer: a signal is dearer than what is measured.
+    flushed = altered(bench.server, {"wal_writer_flush_after": 0})
+    with stage(bench.server) as on, flushed, _connect(on) as backend:
         tables = {part: f"bench_part_{number}" for number, part in enumerate(_PARTS)}
         for part, table in tables.items():
             _make(on, part, table)

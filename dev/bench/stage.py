@@ -23,7 +23,12 @@ PATIENCE_SECONDS: Final = 60.0
 BULK: Final = 10_000
 
 # As a small managed Postgres is set, but for what is said in docs/performance.md.
-SETTINGS: Final = {"shared_buffers": "512MB", "max_wal_size": "2GB", "max_connections": "120"}
+SETTINGS: Final = {
+    "shared_buffers": "512MB",
+    "max_wal_size": "2GB",
+    "max_connections": "120",
+    "autovacuum_naptime": "1min",
+}
 
 # The same table twice: the first is mirrored, the second is what writers would have without us.
 TABLES: LiteralString = """
@@ -220,3 +225,16 @@ def durable_server() -> Iterator[postgres.Server]:
     flavour: postgres.Flavour = "installed" if postgres.bin_dir("installed") is not None else "wheel"
     with postgres.start(flavour, durable=True, settings=SETTINGS) as server:
         yield server
+
+
+@contextlib.contextmanager
+def altered(server: postgres.Server, settings: Mapping[str, int]) -> Iterator[None]:
+    """For every backend of the server, for a while."""
+    with server.admin() as connection:
+        for name, value in settings.items():
+            connection.execute(f"alter system set {name} = {value}".encode())
+        connection.execute("select pg_reload_conf()")
+        yield
+        for name in settings:
+            connection.execute(f"alter system reset {name}".encode())
+        connection.execute("select pg_reload_conf()")

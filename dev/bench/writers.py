@@ -3,17 +3,16 @@
 The same table with its triggers, without any, and with the least that a trigger can do, turn by turn.
 """
 
-import contextlib
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
 from dev.bench.results import Bench, Results, Row, median
-from dev.bench.stage import ROWS, Stage, stage
+from dev.bench.stage import ROWS, Stage, altered, stage
 from dev.bench.triggers import EVENTS, add_triggers, only_the_key
 from dev.postgres import Server
 
@@ -84,7 +83,9 @@ def _single_rows(bench: Bench, on: Stage) -> list[Row]:
     rounds, seconds = bench.size(4, 1), bench.size(2, 1)
     on.execute("create sequence bench_id start 10000000")
     for way, crowds in _WAYS.items():
-        with _commits(on.server, milliseconds=5 if way == ", commits of 5 ms" else 0):
+        # Whoever writes the log to the disk, for all who commit just then, sleeps so long before.
+        microseconds = 5_000 if way == ", commits of 5 ms" else 0
+        with altered(on.server, {"commit_delay": microseconds, "commit_siblings": 0}):
             for what in ("insert", "update"):
                 for clients in crowds if not bench.quick else (4,):
                     turns = _Turns()
@@ -96,19 +97,6 @@ def _single_rows(bench: Bench, on: Stage) -> list[Row]:
                             turns.note(table, rate, (on.wal() - before) / max(done, 1))
                     rows.append(turns.row(f"{what}, {clients} client{'s' * (clients > 1)}{way}"))
     return rows
-
-
-@contextlib.contextmanager
-def _commits(server: Server, *, milliseconds: int) -> Iterator[None]:
-    """Whoever writes the log to the disk, for all who commit just then, sleeps so long before."""
-    with server.admin() as connection:
-        connection.execute(f"alter system set commit_delay = {milliseconds * 1000}")
-        connection.execute("alter system set commit_siblings = 0")
-        connection.execute("select pg_reload_conf()")
-        yield
-        connection.execute("alter system reset commit_delay")
-        connection.execute("alter system reset commit_siblings")
-        connection.execute("select pg_reload_conf()")
 
 
 def _script(what: str, table: Table, loaded: int) -> str:
