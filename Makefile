@@ -28,17 +28,21 @@ help: ## this text
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo '  make demo ARGS="--for 15"            end by itself after 15 seconds'
+	@echo '  make demo ARGS="--for 15"            end after 15 seconds, not on Ctrl-C'
 	@echo '  make test ARGS="-k lease -x"         arguments for pytest'
-	@echo '  make test ARGS="--postgres wheel"    on one Postgres instead of every one found'
+	@echo '  make test ARGS="--postgres wheel"    on one Postgres, not all that are found'
+	@echo '  make chaos SEEDS=1000                1,000 schedules; SEED=7 for one'
+	@echo '  make bench ARGS="drain --quick"      one measurement, short'
+	@echo '  make pins ARGS=--upgrade             the newest versions'
 	@echo '  make setup PYTHON=python3.13         another Python (3.11 or later)'
 	@echo
-	@echo 'A fresh machine needs Python 3.11+ with venv, make and the package registries; no Postgres, no Node.'
+	@echo 'A fresh machine needs Python 3.11+ with venv, make and the package'
+	@echo 'registries; no Postgres, no Node.'
 
-demo: setup ## a small application, Postgres and Convex on this machine; ends on Ctrl-C
+demo: setup ## an application, Postgres and Convex on this machine
 	@exec $(BIN)/python -m dev.demo $(ARGS)
 
-test: check test-ts ## everything that continuous integration checks, both languages
+test: check test-ts ## all that continuous integration checks, both languages
 	@echo '== pytest'
 	@$(PYTEST) $(ARGS)
 
@@ -56,10 +60,10 @@ check: setup ## lint, format and types, without running anything
 unit: setup ## only the Python tests that need no server
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
 
-integration: setup ## only the Python tests with a real Postgres and real Convex functions
+integration: setup ## the Python tests with a real Postgres and Convex functions
 	@$(PYTEST) tests/integration $(ARGS)
 
-test-ts: setup ## only the tests of the Convex functions and of the local Convex
+test-ts: setup ## the tests of the Convex functions and the local Convex
 	@echo '== vitest'
 	@$(NPM) test --silent
 
@@ -68,7 +72,7 @@ format: setup ## format both languages, and fix what can be fixed
 	@$(BIN)/ruff format
 	@$(NPM) run --silent format
 
-setup: $(PROJECT_DONE) $(NODE_DONE) ## .venv and dev/node_modules, as pinned (every other target does it)
+setup: $(PROJECT_DONE) $(NODE_DONE) ## .venv and dev/node_modules (every other target does it)
 
 $(PINS_DONE): dev/requirements-dev.txt
 	@echo '== Python packages into $(VENV)'
@@ -99,17 +103,17 @@ COMPILE = UV_CUSTOM_COMPILE_COMMAND='make pins' $(BIN)/uv pip compile --quiet --
   --no-emit-index-url --no-emit-find-links --no-emit-build-options
 PINS_TMP := $(VENV)/pins.txt
 
-bench: setup ## measure, against what a user would pick instead (ARGS="drain --quick"); writes docs/performance.*
+bench: setup ## measure and compare; writes docs/performance.*
 	@$(BIN)/python -m dev.bench $(ARGS)
 
 # One schedule (SEED=7), or those of so many seeds (SEEDS=1000); from another first seed, with shards: ARGS.
-chaos: setup ## writes and faults by the thousand, compared (SEED=7 or SEEDS=1000; ARGS="--shards 3")
+chaos: setup ## writes and faults by the thousand, compared
 	@$(BIN)/python -m dev.chaos $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100)) $(ARGS)
 
-mutants: setup ## break the worker on purpose, and show that the fault suite notices
+mutants: setup ## break the worker on purpose: does the fault suite notice?
 	@$(BIN)/python -m dev.mutants $(ARGS)
 
-pins: $(BIN)/uv ## resolve the pins anew after a change of pyproject.toml (ARGS=--upgrade: newest versions)
+pins: $(BIN)/uv ## resolve the pins anew after a change of pyproject.toml
 	@grep -v '^\.$$' requirements.txt > $(PINS_TMP) || true
 	@$(COMPILE) $(ARGS) pyproject.toml --output-file $(PINS_TMP)
 	@$(COMPILE) $(ARGS) pyproject.toml --group dev --constraint $(PINS_TMP) --generate-hashes --no-annotate \

@@ -80,11 +80,14 @@ async def _run(worker: Worker) -> None:
     def stop(name: str) -> None:
         nonlocal asked
         if asked:
-            log.warning("worker.killed", signal=name, cure="what was under way is delivered again")
-            os._exit(1)
+            try:
+                log.warning("worker.killed", signal=name, cure="what was under way is delivered again")
+            finally:
+                os._exit(1)
         asked = True
-        log.info("worker.stop_requested", signal=name)
+        # Before it is said: that fails if who read the log is gone.
         worker.stop()
+        log.info("worker.stop_requested", signal=name)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number.name)

@@ -149,7 +149,7 @@ async def migrate(dsn: str, mirrors: Sequence[Mirror], *, shards: int = 1) -> No
         except psycopg.errors.InsufficientPrivilege as error:
             raise SchemaError(
                 f"{first_lines(error)}: the role in DATABASE_URL must be allowed to create a schema in this database,"
-                " and must own the tables that are mirrored"
+                " and must own the tables that are mirrored, and the schema cdc where it is there already"
             ) from None
     log.info("migrate.done", mirrors=len(mirrors))
 

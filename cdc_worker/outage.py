@@ -81,14 +81,14 @@ class Outage:
             self._said = now
             self._said_this = True
             self._silence = min(self._silence * 2, _REMINDER_SECONDS)
-            event = "convex.misconfigured" if isinstance(error, Misconfigured) else "convex.unreachable"
-            say = log.error if isinstance(error, Misconfigured) else log.warning
+            is_ours = isinstance(error, Misconfigured)
+            say = log.error if is_ours else log.warning
             say(
-                event,
+                "convex.misconfigured" if is_ours else "convex.unreachable",
                 cause=str(error),
                 since_seconds=round(now - self._since),
                 tries=self._tries,
-                cure="nothing is lost; trying on",
+                cure="nothing is lost; trying on" + ("; restart the worker if a setting changes" if is_ours else ""),
             )
 
     def _recovered(self) -> None:

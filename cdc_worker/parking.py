@@ -17,6 +17,8 @@ from cdc_worker.outbox import Shard, ring
 
 log = structlog.get_logger()
 
+_CURE = "`cdc-worker parked list` names them; what to do: docs/operating.md, Parked keys"
+
 # Both are fenced by the token of the lease ($1, $2), whose row is locked meanwhile: a worker that was replaced, and
 # wakes up with a verdict in hand, must not write over what the one after it has found.
 _PARK = """
@@ -122,14 +124,15 @@ class Parking:
         ).most_common()
         for (kind, reason, seldom), keys_hit in each[:_REASONS_SAID]:
             if to_say := keys_hit if seldom is None else self._unsaid(seldom, keys_hit):
-                log.error("key.parked", kind=kind, reason=reason, keys=to_say, parked_keys=self.count)
+                log.error("key.parked", kind=kind, reason=reason, keys=to_say, parked_keys=self.count, cure=_CURE)
         if others := each[_REASONS_SAID:]:
             log.error(
                 "key.parked",
                 kind="several",
-                reason=f"{len(others)} reasons more: see `cdc-worker parked list`",
+                reason=f"{len(others)} reasons more",
                 keys=sum(keys_hit for _, keys_hit in others),
                 parked_keys=self.count,
+                cure=_CURE,
             )
 
     def _unsaid(self, cause: object, keys: int) -> int:

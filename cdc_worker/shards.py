@@ -104,6 +104,8 @@ class Shards:
         self._rests_until: dict[Shard, float] = defaultdict(float)
         self._known: dict[Shard, Known] = defaultdict(Known)
         self._tallies: dict[Shard, Tally] = defaultdict(Tally)
+        # Whose last session did not open: taken again at each try, which is said once.
+        self._retried: set[Shard] = set()
         self._said_standby = False
         # The database is out of reach, or has not been asked yet.
         self._unreachable = True
@@ -166,7 +168,10 @@ class Shards:
         pause = await self._outcome(reading.task)
         self._rests_until[shard] = time.monotonic() + pause
         opened_at = reading.session.opened_at
-        if opened_at is not None:
+        if opened_at is None:
+            self._retried.add(shard)
+        else:
+            self._retried.discard(shard)
             self._known[shard] = reading.session.known
             if time.monotonic() - opened_at > _LASTING_SECONDS:
                 self._troubles.over()
@@ -221,7 +226,8 @@ class Shards:
         held = await self._allotment.acquire(shard)
         if held is None:
             return
-        log.info("lease.acquired", shard=str(shard), token=held.token)
+        say = log.debug if shard in self._retried else log.info
+        say("lease.acquired", shard=str(shard), token=held.token)
         session = Session(
             self._settings,
             self._mirrors,

@@ -452,6 +452,14 @@ def test_a_table_of_somebody_else_is_told_so(postgres_server: postgres.Server, d
         db.migrate([rows_of("t")])
 
 
+def test_a_schema_of_somebody_else_is_told_so(postgres_server: postgres.Server, db: Database) -> None:
+    db.execute("create table t (id text)")
+    with postgres_server.admin(db.dsn.rsplit("/", 1)[1]) as superuser:
+        superuser.execute("create schema cdc")
+    with pytest.raises(SchemaError, match=r"must own .*, and the schema cdc where it is there"):
+        db.migrate([rows_of("t")])
+
+
 def test_a_table_that_may_not_be_read_is_told_so(postgres_server: postgres.Server, db: Database) -> None:
     with postgres_server.admin(db.dsn.rsplit("/", 1)[1]) as superuser:
         superuser.execute("create table t (id text)")

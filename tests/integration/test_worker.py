@@ -374,6 +374,10 @@ async def test_a_mirror_that_is_not_migrated_is_waited_for(
     async with work([changed, STATUS]) as running:
         said = await running.said("database.not_ready")
         assert f'mirror "{mirrors[0].name}" is not as the database knows it' in said["cause"]
+        tries = db.one("select token from cdc.checkpoint")
+        await eventually(lambda: db.one("select token from cdc.checkpoint") > tries + 1, expected=True)
+        levels = [line["level"] for line in running.log.of("lease.acquired")]
+        assert levels.count("info") == 1, "said when it begins, not at every try"
         await asyncio.to_thread(db.migrate, [changed, STATUS])
         await eventually(lambda: mirrored.descriptions(user), ["Another text"])
 
@@ -619,6 +623,7 @@ async def test_a_row_that_breaks_the_query_is_parked_alone(
         said = await running.said("key.parked")
         assert (said["kind"], said["keys"]) == ("row", 1)
         assert "DivisionByZero" in said["reason"]
+        assert "parked list" in said["cure"]
         assert db.execute("select key, class from cdc.parked_key") == [("0", "row")]
         db.execute("update ratio set n = 100 where id = 0")
         await eventually(lambda: len(mirrored.activities(user)), 11)
@@ -746,9 +751,7 @@ async def test_of_many_reasons_the_most_frequent_are_said(
         await eventually(lambda: len(mirrored.activities(user)), 1)
         await running.stop()
         said = [line for line in running.log.of("key.parked") if line["kind"] == "several"]
-        assert [(line["keys"], line["reason"]) for line in said] == [
-            (2, "2 reasons more: see `cdc-worker parked list`")
-        ]
+        assert [(line["keys"], line["reason"]) for line in said] == [(2, "2 reasons more")]
         assert len(running.log.of("key.parked")) == 6
 
 

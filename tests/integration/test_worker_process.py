@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dev import local_convex as convex
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, rows_of
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, rows_of, toml
 from tests.integration.mirrored import Mirrored, eventually, free_port
 from tests.integration.running import Child, child, environment
 
@@ -80,6 +80,25 @@ def test_a_second_signal_ends_it_at_once(
         assert worker.process.wait(5) == 1
         assert time.monotonic() - started < 1
         assert worker.lines[-1]["event"] == "worker.killed"
+
+
+def test_sigterm_ends_it_also_if_nobody_reads_its_log_any_more(
+    db: Database, local_convex: convex.LocalConvex, config: Path
+) -> None:
+    config.write_text(toml(MIRRORS))
+    env = environment(db.dsn, local_convex, config) | {"CONVEX_URL": f"http://127.0.0.1:{free_port()}"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "cdc_worker", "run"], stderr=subprocess.PIPE, env=env, cwd=config.parent
+    ) as worker:
+        assert worker.stderr is not None
+        try:
+            while b"convex.unreachable" not in worker.stderr.readline():
+                pass
+            worker.stderr.close()
+            worker.terminate()
+            worker.wait(10)
+        finally:
+            worker.kill()
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

@@ -55,6 +55,8 @@ async def test_an_outage_is_said_when_it_begins_and_when_it_ends(outage: Outage,
 async def test_a_setting_that_is_wrong_is_an_error(outage: Outage, lines: list[Any]) -> None:
     await outage.insist(Link(Misconfigured("HTTP 401")))
     assert (lines[0]["event"], lines[0]["log_level"]) == ("convex.misconfigured", "error")
+    # It does not go away by itself, as an outage does.
+    assert "restart" in lines[0]["cure"]
 
 
 async def test_a_failed_function_is_for_the_caller(outage: Outage) -> None:
