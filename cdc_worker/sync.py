@@ -21,8 +21,8 @@ import threading
 import uuid
 from collections.abc import Coroutine
 from concurrent.futures import Future
-from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Literal
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, Final, Literal, get_args
 
 import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
@@ -37,8 +37,10 @@ log = structlog.get_logger()
 
 ActivityType = Literal["check-in", "alert", "conversation"]
 AlertLevel = Literal["L1", "L2", "L3", "L4"]
-# An instant: a datetime (a naive one is taken as UTC), or milliseconds since 1970.
-Instant = datetime | int | float
+# Whose text is what Postgres would give for it.
+Text = str | int | uuid.UUID
+# An instant: a datetime (a naive one is taken as UTC), a date (its midnight in UTC), or milliseconds since 1970.
+Instant = datetime | date | int | float
 
 
 class Unset:
@@ -52,19 +54,20 @@ UNSET: Final = Unset()
 
 
 class SyncError(CdcError):
-    """Convex did not take it within CDC_SYNC_SECONDS, or refused it.
+    """Convex did not take it within CDC_SYNC_SECONDS, or refused it; or an argument is nothing for it.
 
-    It may have arrived all the same. The same call may be made again, an activity's with an `idempotency_key`.
+    Of the first two it may have arrived all the same, and the same call may be made again, an activity's with an
+    `idempotency_key`.
     """
 
 
 def sync_activity(  # noqa: PLR0917  # as it is published
-    user_id: str,
+    user_id: Text,
     type: ActivityType,  # noqa: A002  # the field's name
-    description: str,
+    description: Text,
     timestamp: Instant,
     metadata: Any = None,
-    idempotency_key: str | None = None,
+    idempotency_key: Text | None = None,
 ) -> str | None:
     """Adds an activity and returns its id; the same id for the same `idempotency_key`, however often it is called.
 
@@ -76,12 +79,12 @@ def sync_activity(  # noqa: PLR0917  # as it is published
 
 
 async def sync_activity_async(  # noqa: PLR0917  # as it is published
-    user_id: str,
+    user_id: Text,
     type: ActivityType,  # noqa: A002  # the field's name
-    description: str,
+    description: Text,
     timestamp: Instant,
     metadata: Any = None,
-    idempotency_key: str | None = None,
+    idempotency_key: Text | None = None,
 ) -> str | None:
     """`sync_activity` for callers with an event loop."""
     return await asyncio.wrap_future(
@@ -90,7 +93,7 @@ async def sync_activity_async(  # noqa: PLR0917  # as it is published
 
 
 def sync_user_status(
-    user_id: str,
+    user_id: Text,
     *,
     last_check_in: Instant | Unset | None = UNSET,
     next_due: Instant | Unset | None = UNSET,
@@ -105,7 +108,7 @@ def sync_user_status(
 
 
 async def sync_user_status_async(
-    user_id: str,
+    user_id: Text,
     *,
     last_check_in: Instant | Unset | None = UNSET,
     next_due: Instant | Unset | None = UNSET,
@@ -116,44 +119,105 @@ async def sync_user_status_async(
     await asyncio.wrap_future(_submit(_status(user_id, last_check_in, next_due, alert_level, alert_triggered_at)))
 
 
-def _milliseconds(instant: Instant) -> float:
-    if not isinstance(instant, datetime):
-        return float(instant)
-    aware = instant if instant.tzinfo is not None else instant.replace(tzinfo=UTC)
+def _text(argument: str, value: object) -> str:
+    """As the mirror has it of `user_id` and `description`: the text of a number or a UUID."""
+    try:
+        if isinstance(value, str):
+            value.encode()
+            return str.__str__(value)  # of an enum the value, not the member's name
+        if isinstance(value, int) and not isinstance(value, bool):
+            return int.__repr__(value)
+    except ValueError:
+        said = f"{argument} has half of a surrogate pair in it, or thousands of digits: take it out"
+        raise SyncError(said) from None
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    raise _unfit(argument, value, "a str, an int or a UUID", "give its text, str(...)")
+
+
+def _one_of(argument: str, value: object, allowed: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise _unfit(argument, value, f"one of {', '.join(allowed)}", "give one of these, as a str")
+    return str.__str__(value)
+
+
+def _milliseconds(argument: str, value: object) -> float:
+    if isinstance(value, datetime):
+        aware = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
+    elif isinstance(value, date):
+        aware = datetime(value.year, value.month, value.day, tzinfo=UTC)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise SyncError(f"{argument} must be a finite number: give milliseconds since 1970") from None
+    else:
+        raise _unfit(argument, value, "a datetime, a date, or milliseconds since 1970", "give it as an int or a float")
     return float((aware - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1))
 
 
+def _unfit(argument: str, value: object, wanted: str, cure: str) -> SyncError:
+    """Names the type only: the value is what a row would have."""
+    return SyncError(f"{argument} must be {wanted}, and is a {type(value).__name__}: {cure}")
+
+
+def _json(metadata: Any) -> Any:
+    """As the mirror has it of a column `metadata`. Raises SyncError for what is no JSON."""
+
+    def other(value: object) -> str:
+        if isinstance(value, uuid.UUID):
+            return str(value)
+        raise SyncError(
+            f"metadata has a {type(value).__name__} in it, which is no JSON: give a number or a text of it,"
+            " float(...), str(...), .isoformat()"
+        )
+
+    try:
+        return parse(json.dumps(metadata, default=other, allow_nan=False))
+    except TypeError:
+        raise SyncError("metadata has a key that is no str: JSON has no other, give str(...)") from None
+    except (ValueError, RecursionError):
+        raise SyncError(
+            "metadata is no JSON: it has NaN or infinity in it, an integer of thousands of digits, itself, or"
+            " hundreds of levels: take that out, or give its text"
+        ) from None
+
+
 async def _activity(  # noqa: PLR0917  # as it is published
-    user_id: str, kind: str, description: str, timestamp: Instant, metadata: Any, idempotency_key: str | None
+    user_id: Text, kind: str, description: Text, timestamp: Instant, metadata: Any, idempotency_key: Text | None
 ) -> str | None:
+    if idempotency_key is None or idempotency_key == "":
+        idempotency_key = uuid.uuid4()  # a retry must not be a second activity, also where the caller does not care
     args = {
-        "userId": user_id,
-        "type": kind,
-        "description": description,
-        "timestamp": _milliseconds(timestamp),
-        # A retry must not be a second activity, also where the caller does not care.
-        "idempotencyKey": idempotency_key or str(uuid.uuid4()),
+        "userId": _text("user_id", user_id),
+        "type": _one_of("type", kind, get_args(ActivityType)),
+        "description": _text("description", description),
+        "timestamp": _milliseconds("timestamp", timestamp),
+        "idempotencyKey": _text("idempotency_key", idempotency_key),
     }
     if metadata is not None:
-        args["metadata"] = parse(json.dumps(metadata))
+        args["metadata"] = _json(metadata)
     value = await _call("activities:addActivity", args)
     return str(value) if value is not None else None
 
 
 async def _status(
-    user_id: str,
+    user_id: Text,
     last_check_in: Instant | Unset | None,
     next_due: Instant | Unset | None,
     alert_level: str | Unset | None,
     alert_triggered_at: Instant | Unset | None,
 ) -> None:
-    args: dict[str, Any] = {"userId": user_id}
-    times = {"lastCheckIn": last_check_in, "nextDue": next_due, "alertTriggeredAt": alert_triggered_at}
-    for name, instant in times.items():
+    args: dict[str, Any] = {"userId": _text("user_id", user_id)}
+    for name, field, instant in (
+        ("last_check_in", "lastCheckIn", last_check_in),
+        ("next_due", "nextDue", next_due),
+        ("alert_triggered_at", "alertTriggeredAt", alert_triggered_at),
+    ):
         if not isinstance(instant, Unset):
-            args[name] = None if instant is None else _milliseconds(instant)
+            args[field] = None if instant is None else _milliseconds(name, instant)
     if not isinstance(alert_level, Unset):
-        args["alertLevel"] = alert_level
+        args["alertLevel"] = None if alert_level is None else _one_of("alert_level", alert_level, get_args(AlertLevel))
     await _call("alerts:updateUserStatus", args)
 
 

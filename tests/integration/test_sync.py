@@ -1,13 +1,18 @@
 """Writing through: the same calls that an application makes."""
 
 import asyncio
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import uuid
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
+from enum import Enum
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -106,7 +111,7 @@ def test_what_convex_refuses_or_cannot_be_reached_for_is_an_error(
     mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch, user: str
 ) -> None:
     with pytest.raises(SyncError, match="activities:addActivity"):
-        sync_activity(user, "party", "x", NOON)  # type: ignore[arg-type]
+        sync_activity(user, "check-in", "x" * 2**20, NOON)
     assert mirrored.activities(user) == []
     monkeypatch.setenv("CONVEX_DEPLOY_KEY", "wrong|00")
     with pytest.raises(SyncError, match="CONVEX_DEPLOY_KEY does not belong"):
@@ -115,6 +120,75 @@ def test_what_convex_refuses_or_cannot_be_reached_for_is_an_error(
     monkeypatch.setenv("CDC_SYNC_SECONDS", "0.3")
     with pytest.raises(SyncError, match="no connection"):
         sync_user_status(user, next_due=NOON)
+
+
+class Kind(str, Enum):  # noqa: UP042  # whose str() is its name
+    CALL = "conversation"
+
+
+def test_what_a_mirror_would_take_is_taken_as_it_has_it(mirrored: Mirrored, user: str) -> None:
+    number, some_uuid = uuid.uuid4().int, uuid.UUID(int=7)
+    for _ in range(2):
+        sync_activity(number, Kind.CALL, some_uuid, date(2026, 3, 1), {"by": some_uuid}, idempotency_key=some_uuid)  # type: ignore[arg-type]
+    assert mirrored.activities(str(number)) == [
+        {
+            "userId": str(number),
+            "type": "conversation",
+            "description": str(some_uuid),
+            "timestamp": NOON_MS // 86_400_000 * 86_400_000,
+            "metadata": {"by": str(some_uuid)},
+        }
+    ]
+    sync_user_status(uuid.UUID(user[2:]), next_due=date(2026, 3, 1))
+    assert mirrored.status(str(uuid.UUID(user[2:]))) is not None
+
+
+_FIT = {"user_id": "u", "type": "check-in", "description": "x", "timestamp": 1}
+_LONG = 10**5000
+_HIMSELF: list[Any] = []
+_HIMSELF.append(_HIMSELF)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "said"),
+    [
+        ("user_id", None, "user_id must be a str, an int or a UUID, and is a NoneType: give its text, str(...)"),
+        ("user_id", True, "is a bool"),
+        pytest.param("user_id", _LONG, "thousands of digits", id="user_id-long"),
+        ("user_id", b"secret", "is a bytes"),
+        ("user_id", "secret\udfff", "half of a surrogate pair"),
+        ("type", "secret", "type must be one of check-in, alert, conversation"),
+        ("type", ["secret"], "type must be one of"),
+        ("description", Decimal("1234.5"), "description must be a str, an int or a UUID, and is a Decimal"),
+        ("timestamp", Decimal("1234.5"), "is a Decimal: give it as an int or a float"),
+        ("timestamp", "secret", "timestamp must be a datetime, a date, or milliseconds since 1970, and is a str"),
+        ("timestamp", None, "is a NoneType"),
+        ("timestamp", True, "is a bool"),
+        ("timestamp", 1234 * 10**400, "timestamp must be a finite number"),
+        ("metadata", {"x": [Decimal("1234.5")]}, "metadata has a Decimal in it"),
+        ("metadata", {"x": NOON}, "metadata has a datetime in it"),
+        ("metadata", {"secret"}, "metadata has a set in it"),
+        ("metadata", {("secret",): 1}, "metadata has a key that is no str"),
+        ("metadata", {"secret": float("nan")}, "NaN"),
+        ("metadata", _HIMSELF, "itself"),
+        ("metadata", [_LONG], "thousands of digits"),
+        ("idempotency_key", ["secret"], "idempotency_key must be a str, an int or a UUID, and is a list"),
+    ],
+)
+def test_what_is_nothing_for_convex_is_named_and_not_quoted(argument: str, value: Any, said: str) -> None:
+    with pytest.raises(SyncError, match=re.escape(said)) as caught:
+        sync_activity(**{**_FIT, argument: value})
+    logged = "".join(traceback.format_exception(caught.value))
+    assert "secret" not in logged
+    assert "1234" not in logged
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_what_is_nothing_for_a_status_is_named() -> None:
+    with pytest.raises(SyncError, match=r"next_due must be a datetime.*is a str"):
+        sync_user_status("u", next_due="tomorrow")  # type: ignore[arg-type]
+    with pytest.raises(SyncError, match="alert_level must be one of L1, L2, L3, L4"):
+        sync_user_status("u", alert_level=2)  # type: ignore[arg-type]
 
 
 def test_what_the_function_refuses_it_for_is_said(mirrored: Mirrored, user: str) -> None:
