@@ -284,7 +284,12 @@ def parked_drop(
     """Forget parked keys. Their documents stay as they are until the row changes again."""
     settings, _ = _start()
     if key is None and not yes:
-        typer.confirm(f"Forget all parked keys{f' of {mirror}' if mirror else ''}?", abort=True)
+        counts = asyncio.run(_with_database(settings, lambda database: parking.count_parked(database, mirror)))
+        if not counts:
+            typer.echo("Nothing is parked.")
+            return
+        listed = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        typer.confirm(f"Forget all parked keys: {listed}?", abort=True)
     count = asyncio.run(_with_database(settings, lambda database: parking.drop_parked(database, mirror, key)))
     log.info("parked.dropped", keys=count)
 

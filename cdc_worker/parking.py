@@ -56,6 +56,10 @@ select m.name, p.key, p.class, p.reason, p.attempts, p.first_at, p.last_at
 from cdc.parked_key p join cdc.mirror m on m.id = p.mirror
 where $1::int2 is null or m.id = $1 order by m.name, p.last_at desc, p.key limit $2
 """
+_COUNTS = """
+select m.name, count(*) from cdc.parked_key p join cdc.mirror m on m.id = p.mirror
+where $1::int2 is null or m.id = $1 group by m.name order by m.name
+"""
 _NAMES = "select name, id from cdc.mirror order by name"
 _DROP = """
 with gone as (
@@ -189,17 +193,40 @@ async def list_parked(database: Database, mirror: str | None, limit: int) -> lis
     return [ParkedKey(*row) for row in rows]
 
 
+async def count_parked(database: Database, mirror: str | None) -> dict[str, int]:
+    """How many keys are parked of a mirror, or of each that has any."""
+    return dict(await database.execute(_COUNTS, await _id_of(database, mirror)))
+
+
 async def retry_parked(database: Database, mirror: str | None, key: str | None) -> int:
-    """Marks parked keys dirty: they are read and delivered anew, and settled if that goes well. How many they are."""
+    """Marks parked keys dirty: they are read and delivered anew, and settled if that goes well. How many they are.
+
+    Raises ConfigError if it is one key, and that is not parked.
+    """
     ((marked,),) = await database.execute(_MARK, await _id_of(database, mirror), None, key)
+    if key is not None and not marked:
+        raise await _not_parked(database, mirror, key)
     await ring(database)
     return int(marked)
 
 
 async def drop_parked(database: Database, mirror: str | None, key: str | None) -> int:
-    """Forgets what is held against these keys; the next change of a row is delivered as ever. How many they are."""
+    """Forgets what is held against these keys; the next change of a row is delivered as ever. How many they are.
+
+    Raises ConfigError if it is one key, and that is not parked.
+    """
     ((dropped,),) = await database.execute(_DROP, await _id_of(database, mirror), key)
+    if key is not None and not dropped:
+        raise await _not_parked(database, mirror, key)
     return int(dropped)
+
+
+async def _not_parked(database: Database, mirror: str | None, key: str) -> ConfigError:
+    if mirror is not None:
+        return ConfigError(f'no key "{key}" of mirror "{mirror}" is parked: `cdc-worker parked list`')
+    # A mirror's name without its --mirror reads like a key.
+    names = ", ".join(name for name, _ in await database.execute(_NAMES))
+    return ConfigError(f'no key "{key}" is parked (a mirror is named with --mirror; there are: {names})')
 
 
 async def _id_of(database: Database, mirror: str | None) -> int | None:

@@ -183,6 +183,37 @@ async def test_parked_keys_are_listed_retried_and_dropped(
 
 
 @pytest.mark.one_postgres
+def test_what_is_to_be_forgotten_is_counted_before_it_is_asked_for(db: Database, command: Command) -> None:
+    nothing = command("parked", "drop")
+    assert (nothing.returncode, nothing.stdout) == (0, "Nothing is parked.\n")
+    db.execute(
+        "insert into cdc.parked_key select id, n::text, 'row', 'x' from cdc.mirror, generate_series(1, 1 + id) as n"
+    )
+    parked = dict(db.execute("select name, 1 + id from cdc.mirror"))
+    asked = command("parked", "drop")
+    assert asked.returncode == 1
+    assert asked.stdout.startswith(
+        f"Forget all parked keys: {parked['check-ins']} of check-ins, {parked['status']} of status? [y/N]"
+    )
+    asked = command("parked", "drop", "--mirror", "status")
+    assert asked.stdout.startswith(f"Forget all parked keys: {parked['status']} of status? [y/N]")
+    assert db.one("select count(*) from cdc.parked_key") == sum(parked.values()), "nobody said yes"
+
+
+@pytest.mark.one_postgres
+@pytest.mark.parametrize("word", ["retry", "drop"])
+def test_a_key_that_is_not_parked_is_refused_and_mirrors_are_named(db: Database, command: Command, word: str) -> None:
+    refused = command("parked", word, "status")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        'cdc-worker: no key "status" is parked (a mirror is named with --mirror; there are: check-ins, status)\n'
+    )
+    refused = command("parked", word, "7", "--mirror", "status")
+    assert refused.returncode == 2
+    assert refused.stderr == 'cdc-worker: no key "7" of mirror "status" is parked: `cdc-worker parked list`\n'
+
+
+@pytest.mark.one_postgres
 def test_a_page_that_cannot_be_marked_for_a_lock_is_said_in_words(db: Database, command: Command) -> None:
     with psycopg.connect(db.dsn) as full:
         full.execute("lock table cdc.outbox in share mode")
