@@ -252,7 +252,14 @@ async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids
             *_drops(schema, table, [trigger for trigger in have if have[trigger] != right.get(trigger)]),
             *(create_trigger(right[trigger_name(event)], schema, table, event) for event in missing),
         ]
-        await _change_table(connection, oid, f"{schema}.{table}", statements, unfed)
+        try:
+            await _change_table(connection, oid, f"{schema}.{table}", statements, unfed)
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+            # A source that is missing is said as ever; a partition that is, or a table that was made anew, is not.
+            await _when_free(connection, "the mirrors' tables", lambda: _check_all(connection, mirrors))
+            raise SchemaError(
+                f"table {schema}.{table} was dropped or renamed meanwhile: run `cdc-worker migrate` again"
+            ) from None
         uncaptured |= unfed
         log.info("capture.installed", table=f"{schema}.{table}")
     for oid, have in existing.items():

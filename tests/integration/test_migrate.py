@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import shutil
 import threading
 import time
@@ -545,6 +546,59 @@ def wait_until(condition: Callable[[], object], seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.005)
+
+
+PARTITIONED = """
+create schema s;
+create table t (id text, note text) partition by list (id);
+create table p partition of t for values in ('x');
+"""
+
+
+@pytest.mark.parametrize(
+    ("going", "error", "said"),
+    [
+        ("drop table t", ConfigError, 'mirror "rows": its query fails: relation "t" does not exist'),
+        ("drop table t; create table t (id text, note text)", SchemaError, "table public.p was dropped or renamed"),
+        ("drop table p", SchemaError, "table public.p was dropped or renamed meanwhile: run `cdc-worker migrate`"),
+        ("alter table p set schema s", SchemaError, "table public.p was dropped or renamed"),
+    ],
+)
+def test_a_table_that_goes_between_look_and_change_is_said_in_words(
+    db: Database, monkeypatch: pytest.MonkeyPatch, going: str, error: type[Exception], said: str
+) -> None:
+    db.execute(PARTITIONED)
+    look = migrating._wanted
+
+    async def look_and_lose(*args: Any) -> Any:
+        wanted = await look(*args)
+        await asyncio.to_thread(db.execute, going)
+        return wanted
+
+    with monkeypatch.context() as losing:
+        losing.setattr(migrating, "_wanted", look_and_lose)
+        with pytest.raises(error, match=re.escape(said)):
+            db.migrate([rows_of("t")])
+    if error is SchemaError:
+        db.migrate([rows_of("t")])
+        assert "t" in {table for table, _ in triggers(db)}
+
+
+def test_a_table_that_goes_before_its_triggers_are_taken_away_is_no_matter(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db.execute(f"{T}; create table u (id text primary key, note text)")
+    db.migrate([rows_of("t"), rows_of("u", name="others")])
+    look = migrating._wanted
+
+    async def look_and_lose(*args: Any) -> Any:
+        monkeypatch.setattr(migrating, "_wanted", look)
+        await asyncio.to_thread(db.execute, "drop table u")
+        return await look(*args)
+
+    monkeypatch.setattr(migrating, "_wanted", look_and_lose)
+    db.migrate([rows_of("t")])
+    assert {table for table, _ in triggers(db)} == {"t"}
 
 
 @pytest.mark.one_postgres
