@@ -234,6 +234,11 @@ _OF_THE_SERVER = ("40", "53", "57", "58")
 _OF_THE_STATEMENT = ("57014", "53400", "58P01")
 
 
+# And these are either's: memory, or room for locks, ran out; a file cannot be read. Of the database until another query
+# has been seen to run.
+_OF_EITHER = ("53200", "58030")
+
+
 def is_gone(error: psycopg.Error) -> bool:
     """It is the database, rather than the statement, which would fail again.
 
@@ -245,6 +250,11 @@ def is_gone(error: psycopg.Error) -> bool:
         return isinstance(error, GONE)
     code = error.sqlstate or ""
     return severity != "ERROR" or (code.startswith(_OF_THE_SERVER) and code not in _OF_THE_STATEMENT)
+
+
+def may_be_its_own(error: psycopg.Error) -> bool:
+    """`is_gone`, as far as can be told: but one query that asks for too much, or a damaged table, looks the same."""
+    return error.diag.severity_nonlocalized == "ERROR" and error.sqlstate in _OF_EITHER
 
 
 def first_lines(error: psycopg.Error) -> str:

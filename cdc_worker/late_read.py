@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import psycopg
 import structlog
 
-from cdc_worker.database import Connection, Database, cause, fetch, is_gone
+from cdc_worker.database import Connection, Database, cause, fetch, is_gone, may_be_its_own
 from cdc_worker.documents import Event, EventMaker, Problem, Row
 from cdc_worker.errors import SchemaError
 from cdc_worker.keys import join_key, key_arrays, key_parts
@@ -110,7 +110,8 @@ class LateReader:
         try:
             return await self._read(position, number, careful=False)
         except psycopg.Error as error:
-            if is_gone(error) or (isinstance(error, psycopg.errors.QueryCanceled) and self._page_rows > 1):
+            is_over = is_gone(error) and not may_be_its_own(error)
+            if is_over or (isinstance(error, psycopg.errors.QueryCanceled) and self._page_rows > 1):
                 raise
             return await self._read(position, number, careful=True)
 
@@ -155,7 +156,8 @@ class LateReader:
             async with connection.transaction():
                 return await _query(connection, state.plan, maker, keys, _LARGE_ROW_BYTES)
         except psycopg.Error as error:
-            if is_gone(error) or (isinstance(error, psycopg.errors.QueryCanceled) and len(keys) > 1):
+            is_over = is_gone(error) and not (may_be_its_own(error) and await self._another_runs(connection, state))
+            if is_over or (isinstance(error, psycopg.errors.QueryCanceled) and len(keys) > 1):
                 raise
             if await is_of_the_query(error, connection, state.plan, keys):
                 state.plan, state.broken = None, cause(error)
@@ -168,6 +170,21 @@ class LateReader:
         middle = len(keys) // 2
         first = await self._rows(connection, state, keys[:middle], number, careful=True)
         return first | await self._rows(connection, state, keys[middle:], number, careful=True)
+
+    async def _another_runs(self, connection: Connection, state: MirrorState) -> bool:
+        """Another mirror's query runs at this moment: the database is well enough, and that mirror need not wait."""
+        for other in self._mirrors.values():
+            if other.plan is None or other.id == state.id:
+                continue
+            try:
+                async with connection.transaction():
+                    await fetch(connection, other.plan.first_keys, 1)
+            except psycopg.Error as error:
+                if is_gone(error) and not may_be_its_own(error):
+                    raise
+            else:
+                return True
+        return False
 
     async def _complete(
         self, connection: Connection, state: MirrorState, found: _Found, keys: Sequence[str], number: int
@@ -194,6 +211,8 @@ _SAMPLE = 5
 async def is_of_the_query(error: psycopg.Error, connection: Connection, plan: Plan, keys: Sequence[str]) -> bool:
     """The mirror's query, which failed on these keys, fails as a whole, rather than on a row."""
     code = error.sqlstate or ""
+    if isinstance(error, psycopg.errors.OutOfMemory):
+        return len(keys) == 1  # fewer may need less
     if code.startswith(_NAMES_AND_SYNTAX):
         return not await _reads_any(connection, plan, keys)
     return code.startswith(_SURROUNDINGS)

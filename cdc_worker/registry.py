@@ -6,7 +6,7 @@ import psycopg
 import structlog
 
 from cdc_worker.catalog import check
-from cdc_worker.database import Connection, Database, cause, first_lines, is_gone
+from cdc_worker.database import Connection, Database, cause, first_lines, is_gone, may_be_its_own
 from cdc_worker.errors import ConfigError, SchemaError
 from cdc_worker.late_read import BROKEN_CURE, MirrorState, is_of_the_query, try_key
 from cdc_worker.locks import LOCKED
@@ -62,11 +62,19 @@ class Registry:
 
     async def mend(self) -> None:
         """Gives each mirror without a plan its plan if its query runs, and its parked keys a new try."""
+        failed: list[tuple[MirrorState, psycopg.Error]] = []
         for state in self.states.values():
             if state.plan is None and not state.retired:
-                await self._try_plan(state, self._config[state.name])
+                failure = await self._try_plan(state, self._config[state.name])
+                if failure is not None:
+                    failed.append((state, failure))
+        for state, failure in failed:
+            if not self.plans:
+                raise failure  # no mirror's query runs: it is the database
+            _say_broken(state, cause(failure))
 
-    async def _try_plan(self, state: MirrorState, mirror: Mirror) -> None:
+    async def _try_plan(self, state: MirrorState, mirror: Mirror) -> psycopg.Error | None:
+        """Returns what may be the query's fault, or the database's."""
         try:
             async with self._database.transaction("read only") as connection:
                 plan = await check(connection, mirror)
@@ -74,16 +82,18 @@ class Registry:
                     await self._try_key(connection, state, plan)
         except (ConfigError, *LOCKED) as error:
             # Whatever is locked may stay so for hours, and other mirrors have nothing to do with it.
-            said = first_lines(error) if isinstance(error, psycopg.Error) else str(error)
-            if not state.broken:
-                log.error("mirror.broken", mirror=mirror.name, cause=said, cure=BROKEN_CURE)
-            state.broken = said
-            return
+            _say_broken(state, first_lines(error) if isinstance(error, psycopg.Error) else str(error))
+            return None
+        except psycopg.Error as error:
+            if not may_be_its_own(error):
+                raise
+            return error
         was_broken = bool(state.broken)
         state.plan, state.broken = plan, ""
         await self._parking.retry_mirror(state.id)
         if was_broken:
             log.info("mirror.mended", mirror=mirror.name)
+        return None
 
     async def _try_key(self, connection: Connection, state: MirrorState, plan: Plan) -> None:
         """What no plan shows: a function that fails when it is called. Raises ConfigError if it still does."""
@@ -94,7 +104,13 @@ class Registry:
             async with connection.transaction():
                 await try_key(connection, plan, key)
         except psycopg.Error as error:
-            if is_gone(error):
+            if is_gone(error) and not may_be_its_own(error):
                 raise
             if await is_of_the_query(error, connection, plan, [key]):
                 raise ConfigError(cause(error)) from None
+
+
+def _say_broken(state: MirrorState, said: str) -> None:
+    if not state.broken:
+        log.error("mirror.broken", mirror=state.name, cause=said, cure=BROKEN_CURE)
+    state.broken = said

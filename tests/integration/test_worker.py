@@ -603,6 +603,131 @@ async def test_a_foreign_server_that_is_away_holds_up_no_other_mirror(  # noqa: 
         assert said == ["session.open", "mirror.broken", "mirror.mended"]
 
 
+EITHER = {"53200": "out of shared memory", "58030": "could not read block 7: Input/output error"}
+
+
+def _failing(mirror: Mirror, column: str, table: str) -> Mirror:
+    return mirror.model_copy(update={"query": mirror.query.replace(column, f"checked('{table}', {column})")})
+
+
+@pytest.fixture
+def failing(db: Database, mirrors: Sequence[Mirror]) -> Sequence[Mirror]:
+    """Mirrors each of whose queries can be made to fail, by a row in a table."""
+    db.execute(
+        """
+        create table failing (what text, state text, said text);
+        create function checked(name text, value text) returns text language plpgsql stable as $$
+        declare f failing; begin
+            select * into f from failing where what = name limit 1;
+            if found then raise exception '%', f.said using errcode = f.state; end if;
+            return value;
+        end $$
+        """
+    )
+    (activity, status) = mirrors
+    made = [_failing(activity, "coalesce(note, 'Checked in')", "CheckIn"), _failing(status, "u.id", "User")]
+    db.migrate(made)
+    return made
+
+
+@pytest.mark.parametrize("state", EITHER)
+async def test_memory_or_a_file_that_one_mirror_lacks_holds_up_no_other(  # noqa: PLR0917  # fixtures
+    failing: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str, state: str
+) -> None:
+    async with work(failing) as running:
+        await eventually(lambda: running.log.events.count("backfill.done"), 2)
+        db.execute("insert into failing values ('CheckIn', %s, %s)", state, EITHER[state])
+        with db.connection.transaction():
+            check_in(db, user, "1")
+            check_in(db, user, "2")
+            db.execute("""insert into "User" values (%s)""", user)
+        assert (await running.said("mirror.broken"))["cause"] == EITHER[state]
+        await eventually(lambda: mirrored.status(user), {"userId": user})
+        await asyncio.sleep(1)  # it is looked at again and again
+        db.execute("truncate failing")
+        await eventually(lambda: len(mirrored.descriptions(user)), 2)
+        await running.stop()
+        said = [event for event in running.log.events if event in {"session.open", "mirror.broken", "mirror.mended"}]
+        assert said == ["session.open", "mirror.broken", "mirror.mended"]
+
+
+@pytest.mark.parametrize("state", EITHER)
+async def test_memory_or_a_file_that_all_mirrors_lack_is_the_database_s(  # noqa: PLR0917  # fixtures
+    failing: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str, state: str
+) -> None:
+    async with work(failing) as running:
+        await eventually(lambda: running.log.events.count("backfill.done"), 2)
+        check_in(db, user, "0")
+        db.execute("""insert into "User" values (%s)""", f"{user}-0")
+        await eventually(lambda: len(mirrored.descriptions(user)), 1)
+        db.execute("insert into failing select t, %s, %s from unnest(array['CheckIn', 'User']) t", state, EITHER[state])
+        check_in(db, user, "1")
+        assert (await running.said("database.refuses"))["cause"] == EITHER[state]
+        assert db.one("select count(*) from cdc.parked_key") == 0
+        db.execute("truncate failing")
+        await eventually(lambda: len(mirrored.descriptions(user)), 2)
+        assert "mirror.broken" not in running.log.events
+
+
+async def test_memory_that_one_mirror_lacks_at_the_start_holds_up_no_other(
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    """Where a query locks thousands of partitions, that is so before any row is read: as it is planned."""
+    db.execute(
+        """
+        create table failing ();
+        create function planned() returns bool language plpgsql immutable as $$ begin
+            if exists (select from failing) then
+                raise exception 'out of shared memory' using errcode = '53200';
+            end if;
+            return true;
+        end $$
+        """
+    )
+    wide = mirrors[0].model_copy(update={"query": f"select * from ({mirrors[0].query}) as q where planned()"})
+    db.migrate([wide, mirrors[1]])
+    db.execute("insert into failing default values")
+    check_in(db, user, "1")
+    db.execute("""insert into "User" values (%s)""", user)
+    async with work([wide, mirrors[1]]) as running:
+        assert (await running.said("mirror.broken"))["cause"] == "out of shared memory"
+        await eventually(lambda: mirrored.status(user), {"userId": user})
+        db.execute("truncate failing")
+        await eventually(lambda: len(mirrored.descriptions(user)), 1)
+        assert running.log.events.count("session.open") == 1
+    alone = wide.model_copy(update={"name": f"{wide.name}-alone"})
+    db.migrate([alone])
+    db.execute("insert into failing default values")
+    async with work([alone]) as running:
+        assert (await running.said("database.refuses"))["cause"] == "out of shared memory"
+        assert "mirror.broken" not in running.log.events
+
+
+async def test_a_rescan_that_passes_the_memory_holds_up_no_mirror(
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    """Its query sorts all rows; that of a page reads a few."""
+    db.execute(
+        """create function checked(id text) returns text language plpgsql stable as $$ begin
+            if id like '%-old' then raise exception 'out of memory' using errcode = '53200'; end if;
+            return id;
+        end $$"""
+    )
+    check_in(db, user, "old")
+    large = mirrors[0].model_copy(
+        update={"query": f"select * from ({mirrors[0].query}) as q where checked(id) is not null"}
+    )
+    db.migrate([large, mirrors[1]])
+    db.execute("delete from cdc.outbox")
+    async with work([large, mirrors[1]]) as running:
+        assert mirrors[0].name in (await running.said("care.failed"))["cause"]
+        check_in(db, user, "new")
+        db.execute("""insert into "User" values (%s)""", user)
+        await eventually(lambda: len(mirrored.descriptions(user)), 1)
+        await eventually(lambda: mirrored.status(user), {"userId": user})
+        assert running.log.events.count("session.open") == 1
+
+
 POISON = Mirror(
     name="ratios",
     target="activity",
