@@ -12,7 +12,7 @@ import structlog
 from cdc_worker import backfill
 from cdc_worker.catalog import Gaps, find_gaps
 from cdc_worker.checkpoint import Checkpoint
-from cdc_worker.database import Database, cause, is_gone, may_be_its_own
+from cdc_worker.database import Database, cause, is_surely_gone
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import FunctionFailed, Misconfigured
 from cdc_worker.lanes import Lanes
@@ -114,7 +114,7 @@ class Care:
 
     def _note_failure(self, error: psycopg.Error, what: str) -> None:
         """Raises it if the database is gone. None else of this is worth the mirror's standing still."""
-        if is_gone(error) and not may_be_its_own(error):
+        if is_surely_gone(error):
             raise error
         said = f"{what}{cause(error)}"
         if said not in self._said:
@@ -198,7 +198,7 @@ class Care:
         try:
             await self._rescan_pages(reader, plans)
         except psycopg.Error as error:
-            if is_gone(error) and not may_be_its_own(error):
+            if is_surely_gone(error):
                 raise
             # The oldest request comes first, and one whose query fails must not hold up the others: each by itself.
             for mirror_id, plan in plans.items():

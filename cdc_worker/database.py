@@ -232,10 +232,7 @@ async def fetch_one(connection: Connection, statement: LiteralString, *params: A
 _OF_THE_SERVER = ("40", "53", "57", "58")
 # But these are: it was cut off; it passed a limit that is set (temp_file_limit); it calls what an extension has lost.
 _OF_THE_STATEMENT = ("57014", "53400", "58P01")
-
-
-# And these are either's: memory, or room for locks, ran out; a file cannot be read. Of the database until another query
-# has been seen to run.
+# And these are either's: memory, or room for locks, ran out; a file cannot be read.
 _OF_EITHER = ("53200", "58030")
 
 
@@ -252,9 +249,9 @@ def is_gone(error: psycopg.Error) -> bool:
     return severity != "ERROR" or (code.startswith(_OF_THE_SERVER) and code not in _OF_THE_STATEMENT)
 
 
-def may_be_its_own(error: psycopg.Error) -> bool:
-    """`is_gone`, as far as can be told: but one query that asks for too much, or a damaged table, looks the same."""
-    return error.diag.severity_nonlocalized == "ERROR" and error.sqlstate in _OF_EITHER
+def is_surely_gone(error: psycopg.Error) -> bool:
+    """It cannot have been one query that asks for too much, or a damaged table: from those it looks the same."""
+    return is_gone(error) and not (error.diag.severity_nonlocalized == "ERROR" and error.sqlstate in _OF_EITHER)
 
 
 def first_lines(error: psycopg.Error) -> str:

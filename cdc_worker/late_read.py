@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import psycopg
 import structlog
 
-from cdc_worker.database import Connection, Database, cause, fetch, is_gone, may_be_its_own
+from cdc_worker.database import Connection, Database, cause, fetch, is_gone, is_surely_gone
 from cdc_worker.documents import Event, EventMaker, Problem, Row
 from cdc_worker.errors import SchemaError
 from cdc_worker.keys import join_key, key_arrays, key_parts
@@ -110,8 +110,7 @@ class LateReader:
         try:
             return await self._read(position, number, careful=False)
         except psycopg.Error as error:
-            is_over = is_gone(error) and not may_be_its_own(error)
-            if is_over or (isinstance(error, psycopg.errors.QueryCanceled) and self._page_rows > 1):
+            if is_surely_gone(error) or (isinstance(error, psycopg.errors.QueryCanceled) and self._page_rows > 1):
                 raise
             return await self._read(position, number, careful=True)
 
@@ -156,7 +155,7 @@ class LateReader:
             async with connection.transaction():
                 return await _query(connection, state.plan, maker, keys, _LARGE_ROW_BYTES)
         except psycopg.Error as error:
-            is_over = is_gone(error) and not (may_be_its_own(error) and await self._another_runs(connection, state))
+            is_over = is_surely_gone(error) or (is_gone(error) and not await self._another_runs(connection, state))
             if is_over or (isinstance(error, psycopg.errors.QueryCanceled) and len(keys) > 1):
                 raise
             if await is_of_the_query(error, connection, state.plan, keys):
@@ -180,7 +179,7 @@ class LateReader:
                 async with connection.transaction():
                     await fetch(connection, other.plan.first_keys, 1)
             except psycopg.Error as error:
-                if is_gone(error) and not may_be_its_own(error):
+                if is_surely_gone(error):
                     raise
             else:
                 return True

@@ -6,7 +6,7 @@ import psycopg
 import structlog
 
 from cdc_worker.catalog import check
-from cdc_worker.database import Connection, Database, cause, first_lines, is_gone, may_be_its_own
+from cdc_worker.database import Connection, Database, cause, first_lines, is_surely_gone
 from cdc_worker.errors import ConfigError, SchemaError
 from cdc_worker.late_read import BROKEN_CURE, MirrorState, is_of_the_query, try_key
 from cdc_worker.locks import LOCKED
@@ -85,7 +85,7 @@ class Registry:
             _say_broken(state, first_lines(error) if isinstance(error, psycopg.Error) else str(error))
             return None
         except psycopg.Error as error:
-            if not may_be_its_own(error):
+            if is_surely_gone(error):
                 raise
             return error
         was_broken = bool(state.broken)
@@ -104,7 +104,7 @@ class Registry:
             async with connection.transaction():
                 await try_key(connection, plan, key)
         except psycopg.Error as error:
-            if is_gone(error) and not may_be_its_own(error):
+            if is_surely_gone(error):
                 raise
             if await is_of_the_query(error, connection, plan, [key]):
                 raise ConfigError(cause(error)) from None
