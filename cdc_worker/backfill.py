@@ -38,7 +38,7 @@ set phase = $2, after = $3, marked = marked + $4, again = $5,
 where mirror = $1
 """
 _CONFIGURED = "select id from cdc.mirror where configured"
-_STATE = "select phase, marked, again from cdc.backfill where mirror = $1"
+_STATE = "select phase, marked from cdc.backfill where mirror = $1"
 
 # The keys behind `after` that Convex holds for a mirror, in order; at most as many as asked for, none at the end.
 ListDocuments = Callable[[Plan, str | None, int], Awaitable[Sequence[str]]]
@@ -49,7 +49,6 @@ class Step:
     """What one page of a rescan did."""
 
     mirror_id: int
-    phase: str
     # The whole rescan is over.
     done: bool
     total_marked: int
@@ -69,7 +68,7 @@ async def request_all(database: Database, reason: str) -> None:
 async def state(database: Database, mirror_id: int) -> tuple[str, int]:
     """The phase of a mirror's rescan, and how many keys it has marked."""
     rows = await database.execute(_STATE, mirror_id)
-    return (rows[0][0], rows[0][1]) if rows else ("done", 0)
+    return rows[0] if rows else ("done", 0)
 
 
 async def estimate(database: Database, plan: Plan) -> int:
@@ -113,7 +112,7 @@ async def step(database: Database, plans: dict[int, Plan], list_documents: ListD
     async with database.transaction() as connection:
         still = await fetch(connection, _TAKE, mirror_id, phase, after, plan.mirror.definition)
         if not still:
-            return Step(mirror_id, phase, False, total)  # somebody else was quicker
+            return Step(mirror_id, False, total)  # somebody else was quicker
         ((again,),) = still
         if phase == "documents":
             keys, following = documents, "done"
@@ -129,4 +128,4 @@ async def step(database: Database, plans: dict[int, Plan], list_documents: ListD
         moved_to = keys[-1] if not finished else None
         again = again and not (finished and following == "done")
         await connection.execute(_MOVE, (mirror_id, upcoming, moved_to, len(keys), again))
-    return Step(mirror_id, phase, upcoming == "done", total + len(keys))
+    return Step(mirror_id, upcoming == "done", total + len(keys))

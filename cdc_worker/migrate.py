@@ -66,12 +66,12 @@ create table if not exists cdc.migration (
     applied_at timestamptz not null default now()
 )
 """
-_APPLIED = "select number, name, checksum from cdc.migration order by number"
+_APPLIED = "select number, checksum from cdc.migration order by number"
 # Each holds the schema cdc, too.
 _PUBLICATIONS = "select pubname from pg_publication where puballtables order by pubname"
 _NOTE = "insert into cdc.migration (number, name, checksum) values ($1, $2, $3)"
 _REGISTER = "insert into cdc.mirror (name, definition) values ($1, '') on conflict (name) do nothing"
-_REGISTERED = "select id, name, definition, configured from cdc.mirror"
+_REGISTERED = "select id, name, definition from cdc.mirror"
 _CONFIGURE = "update cdc.mirror set definition = $2, configured = true where id = $1"
 # One that comes back later is new: what changed meanwhile was captured by nobody.
 _RETIRE = "update cdc.mirror set configured = false, definition = '' where id = $1 and configured returning name"
@@ -189,7 +189,7 @@ async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
 
 async def _apply(connection: Connection) -> None:
     await connection.execute(_PREPARE)
-    applied = {number: checksum for number, _, checksum in await fetch(connection, _APPLIED)}
+    applied: dict[int, str] = dict(await fetch(connection, _APPLIED))
     known = load_migrations()
     if applied and max(applied) > known[-1].number:
         raise SchemaError(
@@ -216,7 +216,7 @@ async def _apply(connection: Connection) -> None:
 async def _register(connection: Connection, mirrors: Sequence[Mirror]) -> dict[str, int]:
     for mirror in mirrors:
         await connection.execute(_REGISTER, (mirror.name,))
-    return {name: number for number, name, _, _ in await fetch(connection, _REGISTERED)}
+    return {name: number for number, name, _ in await fetch(connection, _REGISTERED)}
 
 
 async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids: dict[str, int]) -> set[int]:
@@ -340,7 +340,7 @@ async def _between_writers(
 
 async def _finish(connection: Connection, mirrors: Sequence[Mirror], uncaptured: set[int]) -> None:
     """Last, with all triggers in place: from here on a rescan misses nothing."""
-    registered = {name: (number, definition) for number, name, definition, _ in await fetch(connection, _REGISTERED)}
+    registered = {name: (number, definition) for number, name, definition in await fetch(connection, _REGISTERED)}
     for mirror in mirrors:
         number, definition = registered.pop(mirror.name)
         await connection.execute(_CONFIGURE, (number, mirror.definition))

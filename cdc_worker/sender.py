@@ -51,7 +51,6 @@ class Tally:
 
     def __init__(self) -> None:
         self.verdicts: dict[str, int] = {}
-        self.batches = 0
 
     def add(self, verdict: str, keys: int = 1) -> None:
         self.verdicts[verdict] = self.verdicts.get(verdict, 0) + keys
@@ -217,7 +216,6 @@ class Sender:
         counts = Counter(verdict if isinstance(verdict, str) else "parked" for verdict in verdicts)
         for verdict_name, keys in counts.items():
             self._tally.add(verdict_name, keys)
-        self._tally.batches += 1
         await self._parking.park(refused)
         await self._parking.settle(event[:2] for event, verdict in pairs if isinstance(verdict, str))
         log.debug("batch.applied", keys=len(events), took_ms=round((time.monotonic() - started) * 1000, 1), **counts)
