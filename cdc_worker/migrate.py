@@ -55,7 +55,7 @@ where s.name = 'deadlock_timeout' and s.setting::int <= 1000 and exists (
 _STATEMENT_SECONDS = 60.0
 _LOCK_SECONDS = 600.0
 
-_WRITABLE = "select pg_is_in_recovery() or current_setting('transaction_read_only')::bool"
+_READ_ONLY = "select pg_is_in_recovery() or current_setting('transaction_read_only')::bool"
 _WITHOUT_ENCODING = "select getdatabaseencoding() = 'SQL_ASCII'"
 _PREPARE = """
 create schema if not exists cdc;
@@ -170,7 +170,7 @@ async def _when_free(connection: Connection, what: str, work: Callable[[], Await
 
 
 async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
-    if (await fetch(connection, _WRITABLE))[0][0]:
+    if (await fetch(connection, _READ_ONLY))[0][0]:
         raise SchemaError("this database is a read-only standby: point DATABASE_URL at the primary")
     if (await fetch(connection, _WITHOUT_ENCODING))[0][0]:
         raise SchemaError(
