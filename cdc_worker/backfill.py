@@ -11,7 +11,6 @@ from typing import LiteralString
 
 from cdc_worker.database import Connection, Database, fetch
 from cdc_worker.keys import join_key, key_parts
-from cdc_worker.migrate import RESCAN
 from cdc_worker.outbox import mark
 from cdc_worker.parking import mark_parked
 from cdc_worker.plan import Plan
@@ -36,6 +35,17 @@ update cdc.backfill
 set phase = $2, after = $3, marked = marked + $4, again = $5,
     finished_at = case when $2 = 'done' then clock_timestamp() end
 where mirror = $1
+"""
+RESCAN = """
+insert into cdc.backfill (mirror, phase, with_documents, reason) values ($1, 'rows', $2, $3)
+on conflict (mirror) do update set
+    -- One that has begun to mark rows goes on to its end, and starts once more then: what it passed may have changed.
+    again = cdc.backfill.phase = 'rows' and cdc.backfill.after is not null,
+    phase = 'rows',
+    after = case when cdc.backfill.phase = 'rows' then cdc.backfill.after end,
+    marked = case when cdc.backfill.phase = 'rows' then cdc.backfill.marked else 0 end,
+    with_documents = excluded.with_documents or (cdc.backfill.with_documents and cdc.backfill.phase <> 'done'),
+    reason = excluded.reason, requested_at = now(), finished_at = null
 """
 _CONFIGURED = "select id from cdc.mirror where configured"
 _STATE = "select phase, marked from cdc.backfill where mirror = $1"

@@ -14,6 +14,7 @@ import psycopg
 import structlog
 from psycopg import sql
 
+from cdc_worker.backfill import RESCAN
 from cdc_worker.capture import (
     EVENTS,
     Feed,
@@ -75,17 +76,6 @@ _REGISTERED = "select id, name, definition from cdc.mirror"
 _CONFIGURE = "update cdc.mirror set definition = $2, configured = true where id = $1"
 # One that comes back later is new: what changed meanwhile was captured by nobody.
 _RETIRE = "update cdc.mirror set configured = false, definition = '' where id = $1 and configured returning name"
-RESCAN = """
-insert into cdc.backfill (mirror, phase, with_documents, reason) values ($1, 'rows', $2, $3)
-on conflict (mirror) do update set
-    -- One that has begun to mark rows goes on to its end, and starts once more then: what it passed may have changed.
-    again = cdc.backfill.phase = 'rows' and cdc.backfill.after is not null,
-    phase = 'rows',
-    after = case when cdc.backfill.phase = 'rows' then cdc.backfill.after end,
-    marked = case when cdc.backfill.phase = 'rows' then cdc.backfill.marked else 0 end,
-    with_documents = excluded.with_documents or (cdc.backfill.with_documents and cdc.backfill.phase <> 'done'),
-    reason = excluded.reason, requested_at = now(), finished_at = null
-"""
 _UNCAPTURED = "a source had no triggers"
 _CAPTURED = """
 select t.tgrelid, n.nspname, c.relname, t.tgname, case when t.tgenabled = 'A' then p.proname else '' end
