@@ -125,17 +125,17 @@ async def step(database: Database, plans: dict[int, Plan], list_documents: ListD
             return Step(mirror_id, False, total)  # somebody else was quicker
         ((again,),) = still
         if phase == "documents":
-            keys, following = documents, "done"
+            # They are listed by a query that may give fewer than asked for: only an empty page is the end.
+            keys, finished, following = documents, not documents, "done"
         else:
-            keys, following = await _next_rows(connection, plan, after), "documents" if with_documents else "done"
+            keys = await _next_rows(connection, plan, after)
+            finished, following = len(keys) < PAGE_KEYS, "documents" if with_documents else "done"
         await mark(connection, mirror_id, keys)
-        if phase == "rows" and len(keys) < PAGE_KEYS:
+        if phase == "rows" and finished:
             # What is parked may have neither a row nor a document any more: only so does it come to be settled.
             await mark_parked(connection, mirror_id)
-        # Documents are listed by a query that may give fewer than asked for: only an empty page is the end.
-        finished = len(keys) < PAGE_KEYS if phase == "rows" else not keys
-        upcoming = phase if not finished else "rows" if following == "done" and again else following
-        moved_to = keys[-1] if not finished else None
-        again = again and not (finished and following == "done")
+        upcoming, moved_to = (following, None) if finished else (phase, keys[-1])
+        if upcoming == "done" and again:
+            upcoming, again = "rows", False
         await connection.execute(_MOVE, (mirror_id, upcoming, moved_to, len(keys), again))
     return Step(mirror_id, upcoming == "done", total + len(keys))
