@@ -260,8 +260,9 @@ async def heartbeat(
             parked_keys=await parking.in_database(),
             batch_keys=pace.keys,
             batches_in_flight=pace.in_flight,
-            **tally.take(),
+            **tally,
         )
+        tally.clear()
 
 
 async def _backlog(database: Database, shard: Shard, reader: Reader) -> int:
