@@ -1,6 +1,7 @@
 """The application of these tests: its tables, the mirrors over them, and a database in which both are at home."""
 
 import asyncio
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, LiteralString, Self, cast
@@ -50,6 +51,12 @@ STATUS = Mirror(
     sources=(Source(table='"User"', key=("id",)), Source(table='"Alert"', key=("userId",))),
 )
 MIRRORS = (CHECK_INS, STATUS)
+
+
+def renamed(*mirrors: Mirror) -> tuple[Mirror, ...]:
+    """The same mirrors under names of the test's own: the local Convex is shared, and a rescan lists documents."""
+    run = uuid.uuid4().hex[:8]
+    return tuple(mirror.model_copy(update={"name": f"{mirror.name}-{run}"}) for mirror in mirrors)
 
 
 def toml(mirrors: Sequence[Mirror]) -> str:

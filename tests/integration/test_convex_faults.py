@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from cdc_worker.errors import Transient
 from cdc_worker.mirrors import Mirror
 from cdc_worker.replay import replay
 from dev import local_convex as convex
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, renamed
 from tests.integration.interposed import (
     Fault,
     Interposed,
@@ -40,7 +39,7 @@ PATIENCE_SECONDS = 0.3
 
 @pytest.fixture
 def mirrors() -> tuple[Mirror, ...]:
-    return (CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"}),)
+    return renamed(CHECK_INS)
 
 
 @pytest.fixture

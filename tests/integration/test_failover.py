@@ -3,7 +3,6 @@
 import asyncio
 import shutil
 import subprocess
-import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Literal
 
@@ -18,7 +17,7 @@ from dev import postgres
 from dev.link import Link, link_to
 from dev.processes import unprivileged
 from tests.conftest import missing
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, renamed
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import Running, quick_settings, worker_at_work
 
@@ -41,9 +40,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mirrors() -> tuple[Mirror, ...]:
-    """Names of the test's own, so that a rescan meets no document of another test."""
-    run = uuid.uuid4().hex[:8]
-    return tuple(mirror.model_copy(update={"name": f"{mirror.name}-{run}"}) for mirror in (CHECK_INS, STATUS))
+    return renamed(CHECK_INS, STATUS)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from cdc_worker.settings import Settings
 from dev import local_convex as convex
 from dev import postgres
 from dev.link import Link, link_to
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, renamed
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import Running, quick_settings, worker_at_work
 
@@ -43,7 +42,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mirrors() -> tuple[Mirror, ...]:
-    return (CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"}), STATUS)
+    return (*renamed(CHECK_INS), STATUS)
 
 
 @pytest.fixture

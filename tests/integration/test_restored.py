@@ -3,7 +3,6 @@
 import asyncio
 import shutil
 import subprocess
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from cdc_worker.mirrors import Mirror
 from dev import local_convex as convex
 from dev import postgres
 from dev.processes import unprivileged
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, renamed
 from tests.integration.mirrored import Mirrored, convex_at, eventually, free_port
 from tests.integration.running import Running, quick_settings, worker_at_work
 
@@ -30,11 +29,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mirrors() -> tuple[Mirror, ...]:
-    """Names of the test's own, so that a rescan meets no document of another test."""
-    return (
-        CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"}),
-        STATUS.model_copy(update={"name": f"status-{uuid.uuid4().hex[:8]}"}),
-    )
+    return renamed(CHECK_INS, STATUS)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import asyncio
 import signal
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from cdc_worker.mirrors import Mirror
 from cdc_worker.outbox import Shard
 from cdc_worker.parking import Parking
 from dev import local_convex as convex
-from tests.integration.application import CHECK_INS, TABLES, Database
+from tests.integration.application import CHECK_INS, TABLES, Database, renamed
 from tests.integration.interposed import Interposed, held_until
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import Child, child, environment
@@ -28,7 +27,7 @@ LEASE_SECONDS = 3
 
 @pytest.fixture
 def mirror() -> Mirror:
-    return CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"})
+    return renamed(CHECK_INS)[0]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from cdc_worker.plan import Plan
 from cdc_worker.safe_json import restore
 from dev import local_convex as convex
 from dev import postgres
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, rows_of
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, renamed, rows_of
 from tests.integration.mirrored import Mirrored, convex_at, eventually, free_port
 from tests.integration.running import Running, child, environment, quick_settings, worker_at_work
 
@@ -40,8 +40,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mirrors() -> tuple[Mirror, ...]:
-    """Activities under a name of the test's own, too, so that no rescan meets those of other tests."""
-    return (CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"}), STATUS)
+    return (*renamed(CHECK_INS), STATUS)
 
 
 @pytest.fixture
