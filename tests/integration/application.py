@@ -8,6 +8,7 @@ from typing import Any, LiteralString, Self, cast
 
 import psycopg
 
+from cdc_worker.capture import GATE
 from cdc_worker.migrate import migrate
 from cdc_worker.mirrors import Mirror, Source
 
@@ -132,6 +133,16 @@ class Database:
 
     def migrate(self, mirrors: Sequence[Mirror], *, shards: int = 1) -> None:
         migrate_now(self.dsn, mirrors, shards=shards)
+
+    def gate_is_kept(self) -> bool:
+        """Whether a worker has gone to rest, and is to be rung for."""
+        kept = self.one(
+            "select exists (select from pg_locks l join pg_database d on d.oid = l.database"
+            " where d.datname = current_database() and l.locktype = 'advisory' and l.classid = %s"
+            " and l.mode = 'ExclusiveLock' and l.granted)",
+            GATE[0],
+        )
+        return bool(kept)
 
     def captured(self) -> list[str | None]:
         """The keys that were captured since the last call, in order; None asks for a rescan."""

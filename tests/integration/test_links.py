@@ -5,7 +5,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
@@ -95,17 +94,6 @@ async def equal(mirrored: Mirrored, db: Database, user: str) -> None:
     await eventually(lambda: documents(mirrored, user), rows(db), seconds=20)
 
 
-def asleep(db: Database) -> bool:
-    """Whether a worker has gone to rest, and is to be rung for."""
-    with psycopg.connect(db.dsn) as connection:
-        found = connection.execute(
-            "select exists (select from pg_locks where locktype = 'advisory' and classid = 25444 and granted"
-            " and database = (select oid from pg_database where datname = current_database()))"
-        ).fetchone()
-    assert found is not None
-    return bool(found[0])
-
-
 async def delivered(running: Running, keys: int) -> None:
     """Waits until so many more keys have been delivered."""
 
@@ -130,7 +118,7 @@ async def test_a_listener_whose_connection_was_forgotten_is_replaced(  # noqa: P
         assert (await running.said("session.open"))["listen"] is True
         # A rescan wakes the reader without the bell.
         await running.said("backfill.done", times=len(mirrors))
-        await eventually(lambda: asleep(db), expected=True)
+        await eventually(db.gate_is_kept, expected=True)
         link.forget()
         started = time.monotonic()
         check_in(db, user, "1")
@@ -152,7 +140,7 @@ async def test_the_gate_of_a_forgotten_listener_is_free_again(
         await running.said("session.open")
         # A rescan wakes the reader without the bell.
         await running.said("backfill.done", times=len(mirrors))
-        await eventually(lambda: asleep(db), expected=True)
+        await eventually(db.gate_is_kept, expected=True)
         link.forget()
         check_in(db, user, "1")
         await running.said("session.open", times=2)
@@ -174,7 +162,7 @@ async def test_a_listener_that_cannot_be_replaced_is_done_without(  # noqa: PLR0
         await running.said("session.open")
         # A rescan wakes the reader without the bell.
         await running.said("backfill.done", times=len(mirrors))
-        await eventually(lambda: asleep(db), expected=True)
+        await eventually(db.gate_is_kept, expected=True)
         link.deaf()
         check_in(db, user, "1")
         assert (await running.said("listen.unavailable"))["cause"] == "LISTEN_DATABASE_URL is out of reach"
@@ -266,7 +254,7 @@ async def test_a_stop_over_a_deaf_link_ends_in_time(  # noqa: PLR0917  # fixture
             check_in_often(db, user)
             await delivered(running, 100)
         else:
-            await eventually(lambda: asleep(db), expected=True)
+            await eventually(db.gate_is_kept, expected=True)
         link.deaf()
         started = time.monotonic()
         await running.stop()

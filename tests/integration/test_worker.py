@@ -411,28 +411,17 @@ async def test_through_a_pooler_it_listens_on_a_direct_connection(  # noqa: PLR0
     async with worker_at_work(settings, mirrors) as running:
         assert (await running.said("session.open"))["listen"] is True
         for n in range(1, 4):
-            await eventually(lambda: _asleep(db), expected=True)
+            await eventually(db.gate_is_kept, expected=True)
             check_in(db, user, str(n))
             await eventually(lambda: len(mirrored.activities(user)), n, seconds=3)
         await running.stop()
         assert running.log.of("listen.unavailable") == []
 
 
-def _asleep(db: Database) -> bool:
-    """Whether the worker has gone to rest, and is to be rung for."""
-    with psycopg.connect(db.dsn) as connection:
-        found = connection.execute(
-            "select exists (select from pg_locks where locktype = 'advisory' and classid = 25444"
-            " and database = (select oid from pg_database where datname = current_database()))"
-        ).fetchone()
-    assert found is not None
-    return bool(found[0])
-
-
 async def test_a_listener_that_dies_is_replaced(db: Database, work: Work, mirrored: Mirrored, user: str) -> None:
     async with work(CDC_POLL_SECONDS=60) as running:
         await running.said("session.open")
-        await eventually(lambda: _asleep(db), expected=True)
+        await eventually(db.gate_is_kept, expected=True)
         # By the lease's own word: what the listener last said depends on whether it has just been woken.
         assert db.execute("select pg_terminate_backend(holder_pid) from cdc.checkpoint") == [(True,)]
         await running.said("session.open", times=2)
@@ -1074,7 +1063,7 @@ async def test_a_backfill_command_is_noticed_soon(db: Database, work: Work, mirr
     db.migrate([mirror])
     async with work([mirror]) as running:
         await running.said("session.open")
-        await eventually(lambda: _asleep(db), expected=True)
+        await eventually(db.gate_is_kept, expected=True)
         await asyncio.to_thread(
             db.execute,
             "alter table t disable trigger user; insert into t values ('unseen');"
