@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, LiteralString, Self, cast
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 
 from cdc_worker.capture import GATE
 from cdc_worker.migrate import migrate
@@ -103,6 +104,12 @@ def migrate_now(dsn: str, mirrors: Sequence[Mirror], *, shards: int = 1) -> None
 
     with ThreadPoolExecutor(1) as thread:
         thread.submit(lambda: asyncio.run(work())).result()
+
+
+def through(port: int, dsn: str) -> str:
+    """The same database behind another port. An attempt to connect ends after the least that libpq takes."""
+    to = conninfo_to_dict(dsn)
+    return f"postgresql://{to['user']}:{to['password']}@127.0.0.1:{port}/{to['dbname']}?connect_timeout=2"
 
 
 class Database:
