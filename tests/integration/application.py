@@ -106,6 +106,16 @@ def migrate_now(dsn: str, mirrors: Sequence[Mirror], *, shards: int = 1) -> None
         thread.submit(lambda: asyncio.run(work())).result()
 
 
+def check_in(db: "Database", user: str, key: str, note: str | None = None) -> None:
+    """Writes a user's check-in, or writes it anew; the note is the key unless it is given."""
+    db.execute(
+        """
+        insert into "CheckIn" values (%s, %s, %s, null, now()) on conflict (id) do update set note = excluded.note
+        """,
+        f"{user}-{key}", user, note or key,
+    )  # fmt: skip
+
+
 def through(port: int, dsn: str) -> str:
     """The same database behind another port. An attempt to connect ends after the least that libpq takes."""
     to = conninfo_to_dict(dsn)

@@ -15,7 +15,7 @@ from cdc_worker.errors import Transient
 from cdc_worker.mirrors import Mirror
 from cdc_worker.replay import replay
 from dev import local_convex as convex
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, renamed
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, check_in, renamed
 from tests.integration.interposed import (
     Fault,
     Interposed,
@@ -46,15 +46,6 @@ def mirrors() -> tuple[Mirror, ...]:
 async def between(local_convex: convex.LocalConvex) -> AsyncIterator[Interposed]:
     async with Interposed(local_convex) as opened:
         yield opened
-
-
-def check_in(db: Database, user: str, key: str, note: str) -> None:
-    db.execute(
-        """
-        insert into "CheckIn" values (%s, %s, %s, null, now()) on conflict (id) do update set note = excluded.note
-        """,
-        f"{user}-{key}", user, note,
-    )  # fmt: skip
 
 
 PAUSED = '{"status": "error", "errorMessage": "[Request ID: 1] Server Error"}'

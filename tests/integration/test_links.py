@@ -15,7 +15,7 @@ from cdc_worker.settings import Settings
 from dev import local_convex as convex
 from dev import postgres
 from dev.link import Link, link_to
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, renamed, through
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, check_in, renamed, through
 from tests.integration.crowd import change_some, check_in_often, documents, rows
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import quick_settings, worker_at_work
@@ -54,10 +54,6 @@ async def link(database: str) -> AsyncIterator[Link]:
 def settings_over(link: Link, db: Database, convex: convex.LocalConvex, **given: Any) -> Settings:
     """Everything goes over the link."""
     return quick_settings(through(link.port, db.dsn), convex, CDC_STATEMENT_SECONDS=STATEMENT_SECONDS, **given)
-
-
-def check_in(db: Database, user: str, key: str) -> None:
-    db.execute("""insert into "CheckIn" values (%s, %s, %s, null, now())""", f"{user}-{key}", user, key)
 
 
 async def equal(mirrored: Mirrored, db: Database, user: str) -> None:
