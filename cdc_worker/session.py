@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import psycopg
 import structlog
 
-from cdc_worker.care import Care, heartbeat
+from cdc_worker import heartbeat
+from cdc_worker.care import Care
 from cdc_worker.checkpoint import Checkpoint, Held
 from cdc_worker.database import GONE, Database
 from cdc_worker.deployment import Deployment
@@ -263,7 +264,7 @@ class Session:
         )
 
     async def _heartbeat(self, reader: Reader, pace: Pace) -> None:
-        await heartbeat(
+        await heartbeat.beat(
             self._database,
             self._shard,
             reader,
