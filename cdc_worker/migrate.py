@@ -29,7 +29,7 @@ from cdc_worker.capture import (
 )
 from cdc_worker.catalog import check, find_table
 from cdc_worker.database import Connection, begin, connect, fetch, first_lines
-from cdc_worker.errors import ConfigError, SchemaError
+from cdc_worker.errors import READ_ONLY, ConfigError, SchemaError
 from cdc_worker.locks import holders, when_free
 from cdc_worker.mirrors import Mirror
 from cdc_worker.resharding import divide
@@ -161,7 +161,7 @@ async def _when_free(connection: Connection, what: str, work: Callable[[], Await
 
 async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
     if (await fetch(connection, _READ_ONLY))[0][0]:
-        raise SchemaError("this database is a read-only standby: point DATABASE_URL at the primary")
+        raise SchemaError(READ_ONLY)
     if (await fetch(connection, _WITHOUT_ENCODING))[0][0]:
         raise SchemaError(
             "this database has the encoding SQL_ASCII, which does not say what bytes mean, and Convex holds Unicode:"
