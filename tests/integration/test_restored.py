@@ -15,7 +15,7 @@ from dev import local_convex as convex
 from dev import postgres
 from dev.processes import unprivileged
 from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, renamed
-from tests.integration.mirrored import Mirrored, convex_at, eventually, free_port
+from tests.integration.mirrored import Mirrored, convex_at, eventually
 from tests.integration.running import Running, quick_settings, worker_at_work
 
 pytestmark = pytest.mark.one_postgres
@@ -282,7 +282,7 @@ def clone(source: Path, target: Path) -> None:
 
 
 async def test_an_empty_deployment_at_the_same_address(mirrors: Sequence[Mirror], database: str, user: str) -> None:
-    port = free_port()
+    port = postgres.free_port()
     with Database(database, TABLES, mirrors) as db, convex_at(port) as first:
         mirrored = Mirrored(first.url, first.admin_key)
         async with worker_at_work(quick_settings(database, first), mirrors) as running:

@@ -22,7 +22,7 @@ from cdc_worker.safe_json import restore
 from dev import local_convex as convex
 from dev import postgres
 from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, renamed, rows_of
-from tests.integration.mirrored import Mirrored, convex_at, eventually, free_port
+from tests.integration.mirrored import Mirrored, convex_at, eventually
 from tests.integration.running import Running, child, environment, quick_settings, worker_at_work
 
 # What differs between versions of Postgres is tested in test_capture.py and test_migrate.py.
@@ -201,7 +201,7 @@ async def test_what_was_acknowledged_is_not_read_again(db: Database, work: Work,
 async def test_convex_is_out_of_reach_at_the_start_and_later_and_comes_back_empty(
     mirrors: Sequence[Mirror], db: Database, user: str
 ) -> None:
-    port = free_port()
+    port = postgres.free_port()
     with contextlib.ExitStack() as stack:
         stack.enter_context(convex_at(port)).process.stop()
     gone = convex.LocalConvex(f"http://127.0.0.1:{port}", "local-convex|00aa", None)  # type: ignore[arg-type]
@@ -257,7 +257,7 @@ async def test_a_wrong_key_is_said_and_nothing_is_lost(db: Database, work: Work,
 async def test_functions_that_are_not_deployed_are_said_and_waited_for(
     mirrors: Sequence[Mirror], db: Database, user: str, tmp_path: Path
 ) -> None:
-    port = free_port()
+    port = postgres.free_port()
     check_in(db, user, "1")
     empty = tmp_path / "convex"
     (empty / "_generated").mkdir(parents=True)
@@ -975,7 +975,7 @@ async def test_a_column_that_is_gone_is_not_said_with_each_write(db: Database, w
 
 
 async def test_rows_that_a_policy_hides_are_not_taken_for_deleted(
-    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+    db: Database, work: Work, mirrored: Mirrored, user: str
 ) -> None:
     check_in(db, user, "1", "here")
     async with work() as running:
