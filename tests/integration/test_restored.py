@@ -3,8 +3,9 @@
 import asyncio
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from psycopg import sql
@@ -19,6 +20,8 @@ from tests.integration.mirrored import Mirrored, convex_at, eventually
 from tests.integration.running import Running, quick_settings, worker_at_work
 
 pytestmark = pytest.mark.one_postgres
+
+T = TypeVar("T")
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +100,18 @@ async def flows(db: Database, mirrored: Mirrored, user: str) -> None:
 # Postgres.
 
 
+async def backed_up(dsn: str, mirrors: Sequence[Mirror], mirrored: Mirrored, user: str, backup: Callable[[], T]) -> T:
+    """A backup of a database that is mirrored, and goes on when it has been made."""
+    with Database(dsn, TABLES) as db:
+        await asyncio.to_thread(db.migrate, mirrors)
+        begin(db, user)
+        await eventually(lambda: state(mirrored, user), BEFORE)
+        made = await asyncio.to_thread(backup)
+        go_on(db, user)
+        await eventually(lambda: state(mirrored, user), AFTER)
+    return made
+
+
 async def test_a_dump_that_is_restored_under_the_same_name(  # noqa: PLR0917  # fixtures
     mirrors: Sequence[Mirror],
     server: postgres.Server,
@@ -106,13 +121,7 @@ async def test_a_dump_that_is_restored_under_the_same_name(  # noqa: PLR0917  # 
     user: str,
 ) -> None:
     async with worker_at_work(quick_settings(dsn, local_convex), mirrors) as running:
-        with Database(dsn, TABLES) as db:
-            await asyncio.to_thread(db.migrate, mirrors)
-            begin(db, user)
-            await eventually(lambda: state(mirrored, user), BEFORE)
-            backup = await asyncio.to_thread(dump, server, dsn)
-            go_on(db, user)
-            await eventually(lambda: state(mirrored, user), AFTER)
+        backup = await backed_up(dsn, mirrors, mirrored, user, lambda: dump(server, dsn))
         since = len(running.log.lines)
         await asyncio.to_thread(backup.drop_database)
         await asyncio.to_thread(backup.restore, "--single-transaction")
@@ -133,13 +142,7 @@ async def test_a_dump_that_is_restored_piece_by_piece(  # noqa: PLR0917  # fixtu
 ) -> None:
     """As pg_restore does it unless it is told otherwise: the worker meets tables without rows, and without keys."""
     async with worker_at_work(quick_settings(dsn, local_convex), mirrors) as running:
-        with Database(dsn, TABLES) as db:
-            await asyncio.to_thread(db.migrate, mirrors)
-            begin(db, user)
-            await eventually(lambda: state(mirrored, user), BEFORE)
-            backup = await asyncio.to_thread(dump, server, dsn)
-            go_on(db, user)
-            await eventually(lambda: state(mirrored, user), AFTER)
+        backup = await backed_up(dsn, mirrors, mirrored, user, lambda: dump(server, dsn))
         since = len(running.log.lines)
         await asyncio.to_thread(backup.drop_database)
         for section in ("pre-data", "data", "post-data"):
@@ -227,13 +230,7 @@ async def test_a_data_folder_that_is_set_back_to_a_copy_of_a_running_server(  # 
 ) -> None:
     """As a snapshot of a disk or of a virtual machine: the session that is at work is in it, with its epoch."""
     async with worker_at_work(quick_settings(dsn, local_convex), mirrors):
-        with Database(dsn, TABLES) as db:
-            await asyncio.to_thread(db.migrate, mirrors)
-            begin(db, user)
-            await eventually(lambda: state(mirrored, user), BEFORE)
-            backup = await asyncio.to_thread(hot_copy_of, server)
-            go_on(db, user)
-            await eventually(lambda: state(mirrored, user), AFTER)
+        backup = await backed_up(dsn, mirrors, mirrored, user, lambda: hot_copy_of(server))
         await asyncio.to_thread(set_back, server, backup)
         await eventually(lambda: state(mirrored, user), BEFORE)
 
