@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import psycopg
 
 from cdc_worker.checkpoint import Held
-from cdc_worker.database import Database
+from cdc_worker.database import Database, Row
 from cdc_worker.errors import READ_ONLY, SchemaError
 from cdc_worker.outbox import Position, Shard
 
@@ -101,12 +101,10 @@ class Allotment:
             )
         return self._standing(rows, held)
 
-    def _standing(self, rows: Sequence[tuple[object, ...]], held: Mapping[Shard, int]) -> Standing:
+    def _standing(self, rows: Sequence[Row], held: Mapping[Shard, int]) -> Standing:
         free, lost, elsewhere = [], set(), None
         parts: dict[str, int] = {self._name: len(held)}
         for number, token, holder, is_free, seconds, alive in rows:
-            assert isinstance(number, int)
-            assert isinstance(alive, list)
             shard = Shard(number, self._shards)
             parts |= {name: parts.get(name, 0) for name in alive}
             if shard in held:
@@ -115,8 +113,6 @@ class Allotment:
             elif is_free:
                 free.append(shard)
             else:
-                assert isinstance(holder, str)
-                assert isinstance(seconds, float)
                 parts[holder] = parts.get(holder, 0) + 1
                 elsewhere = elsewhere or (shard, holder, seconds)
         return Standing(free, frozenset(lost), parts, elsewhere)

@@ -11,7 +11,6 @@ from typing import LiteralString
 
 from cdc_worker.database import Connection, Database, fetch
 from cdc_worker.keys import join_key, key_parts
-from cdc_worker.migrate import RESCAN
 from cdc_worker.outbox import mark
 from cdc_worker.parking import mark_parked
 from cdc_worker.plan import Plan
@@ -37,8 +36,19 @@ set phase = $2, after = $3, marked = marked + $4, again = $5,
     finished_at = case when $2 = 'done' then clock_timestamp() end
 where mirror = $1
 """
+RESCAN = """
+insert into cdc.backfill (mirror, phase, with_documents, reason) values ($1, 'rows', $2, $3)
+on conflict (mirror) do update set
+    -- One that has begun to mark rows goes on to its end, and starts once more then: what it passed may have changed.
+    again = cdc.backfill.phase = 'rows' and cdc.backfill.after is not null,
+    phase = 'rows',
+    after = case when cdc.backfill.phase = 'rows' then cdc.backfill.after end,
+    marked = case when cdc.backfill.phase = 'rows' then cdc.backfill.marked else 0 end,
+    with_documents = excluded.with_documents or (cdc.backfill.with_documents and cdc.backfill.phase <> 'done'),
+    reason = excluded.reason, requested_at = now(), finished_at = null
+"""
 _CONFIGURED = "select id from cdc.mirror where configured"
-_STATE = "select phase, marked, again from cdc.backfill where mirror = $1"
+_STATE = "select phase, marked from cdc.backfill where mirror = $1"
 
 # The keys behind `after` that Convex holds for a mirror, in order; at most as many as asked for, none at the end.
 ListDocuments = Callable[[Plan, str | None, int], Awaitable[Sequence[str]]]
@@ -49,7 +59,6 @@ class Step:
     """What one page of a rescan did."""
 
     mirror_id: int
-    phase: str
     # The whole rescan is over.
     done: bool
     total_marked: int
@@ -69,7 +78,7 @@ async def request_all(database: Database, reason: str) -> None:
 async def state(database: Database, mirror_id: int) -> tuple[str, int]:
     """The phase of a mirror's rescan, and how many keys it has marked."""
     rows = await database.execute(_STATE, mirror_id)
-    return (rows[0][0], rows[0][1]) if rows else ("done", 0)
+    return rows[0] if rows else ("done", 0)
 
 
 async def estimate(database: Database, plan: Plan) -> int:
@@ -113,20 +122,20 @@ async def step(database: Database, plans: dict[int, Plan], list_documents: ListD
     async with database.transaction() as connection:
         still = await fetch(connection, _TAKE, mirror_id, phase, after, plan.mirror.definition)
         if not still:
-            return Step(mirror_id, phase, False, total)  # somebody else was quicker
+            return Step(mirror_id, False, total)  # somebody else was quicker
         ((again,),) = still
         if phase == "documents":
-            keys, following = documents, "done"
+            # They are listed by a query that may give fewer than asked for: only an empty page is the end.
+            keys, finished, following = documents, not documents, "done"
         else:
-            keys, following = await _next_rows(connection, plan, after), "documents" if with_documents else "done"
+            keys = await _next_rows(connection, plan, after)
+            finished, following = len(keys) < PAGE_KEYS, "documents" if with_documents else "done"
         await mark(connection, mirror_id, keys)
-        if phase == "rows" and len(keys) < PAGE_KEYS:
+        if phase == "rows" and finished:
             # What is parked may have neither a row nor a document any more: only so does it come to be settled.
             await mark_parked(connection, mirror_id)
-        # Documents are listed by a query that may give fewer than asked for: only an empty page is the end.
-        finished = len(keys) < PAGE_KEYS if phase == "rows" else not keys
-        upcoming = phase if not finished else "rows" if following == "done" and again else following
-        moved_to = keys[-1] if not finished else None
-        again = again and not (finished and following == "done")
+        upcoming, moved_to = (following, None) if finished else (phase, keys[-1])
+        if upcoming == "done" and again:
+            upcoming, again = "rows", False
         await connection.execute(_MOVE, (mirror_id, upcoming, moved_to, len(keys), again))
-    return Step(mirror_id, phase, upcoming == "done", total + len(keys))
+    return Step(mirror_id, upcoming == "done", total + len(keys))

@@ -1,4 +1,4 @@
-"""What can wait, beside reading and sending: rotation, broken mirrors, bare tables, rescans; and the heartbeat."""
+"""What can wait, beside reading and sending: rotation, bare or changed tables, broken mirrors, rescans."""
 
 import asyncio
 import contextlib
@@ -15,18 +15,14 @@ from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.database import Database, cause, is_surely_gone
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import FunctionFailed, Misconfigured
-from cdc_worker.lanes import Lanes
 from cdc_worker.mirrors import Mirror
 from cdc_worker.opening import note_saves
 from cdc_worker.outage import Outage
-from cdc_worker.outbox import Shard, backlog
-from cdc_worker.pace import Pace
-from cdc_worker.parking import Parking
+from cdc_worker.outbox import Shard
 from cdc_worker.plan import Plan
 from cdc_worker.reader import Reader
 from cdc_worker.registry import Registry
 from cdc_worker.rotation import rotate
-from cdc_worker.sender import Tally
 from cdc_worker.settings import Settings
 from cdc_worker.tables import look_at_tables
 from convex import ConvexError
@@ -42,8 +38,6 @@ _RESCAN_SECONDS = 1.0
 _RESCAN_REMINDER_SECONDS = 60.0
 # Tables without triggers are said so seldom while they last: nothing else tells of the changes that are not seen.
 _MISSING_REMINDER_SECONDS = 300.0
-# The heartbeat counts no further: what is beyond is "many".
-_BACKLOG_COUNTED = 100_000
 
 
 class Care:
@@ -234,40 +228,3 @@ class Care:
                 return [str(key) for key in keys]
 
         return await self._outage.insist(attempt)
-
-
-async def heartbeat(
-    database: Database,
-    shard: Shard,
-    reader: Reader,
-    lanes: Lanes,
-    *,
-    parking: Parking,
-    pace: Pace,
-    tally: Tally,
-    seconds: float,
-) -> None:
-    """A line now and then that says how things stand."""
-    while True:
-        await asyncio.sleep(seconds)
-        since = lanes.oldest_since
-        log.info(
-            "worker.heartbeat",
-            shard=str(shard),
-            lag_seconds=round(time.monotonic() - since, 1) if since is not None else 0.0,
-            backlog=await _backlog(database, shard, reader),
-            keys_under_way=lanes.keys,
-            parked_keys=await parking.in_database(),
-            batch_keys=pace.keys,
-            batches_in_flight=pace.in_flight,
-            **tally.take(),
-        )
-
-
-async def _backlog(database: Database, shard: Shard, reader: Reader) -> int:
-    if reader.caught_up.is_set():
-        return 0
-    try:
-        return await backlog(database, shard, reader.position, _BACKLOG_COUNTED)
-    except psycopg.errors.QueryCanceled:  # many of other shards' to pass over
-        return _BACKLOG_COUNTED

@@ -90,9 +90,10 @@ async def check(connection: Connection, mirror: Mirror) -> Plan:
         raise _wrong(
             mirror, f"column {', '.join(unknown)} has no place in a document: take it out, or put it in metadata"
         )
+    key_types = tuple(_KEY_TYPES[types[name]] for name in mirror.key)
     for source in mirror.sources:
-        await _check_source(connection, mirror, source, [_KEY_TYPES[types[name]] for name in mirror.key])
-    return make_plan(mirror, tuple(_KEY_TYPES[types[name]] for name in mirror.key), frozenset(types))
+        await _check_source(connection, mirror, source, key_types)
+    return make_plan(mirror, key_types, frozenset(types))
 
 
 def _wrong(mirror: Mirror, what: str) -> ConfigError:
@@ -169,7 +170,7 @@ async def find_gaps(database: Database, mirrors: Sequence[Mirror]) -> Gaps:
     return Gaps([name for name, is_bare in found if is_bare], [name for name, is_bare in found if not is_bare])
 
 
-async def _check_source(connection: Connection, mirror: Mirror, source: Source, key_types: list[str]) -> None:
+async def _check_source(connection: Connection, mirror: Mirror, source: Source, key_types: Sequence[str]) -> None:
     oid, _, _ = await find_table(connection, mirror, source)
     found = await fetch(connection, _COLUMNS, oid)
     columns: dict[str, int] = {name: kind for name, kind, _ in found}

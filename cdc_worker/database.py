@@ -93,7 +93,7 @@ async def connect(dsn: str) -> Connection:
 
 
 class Database:
-    """A small pool. For each shard two are in use at once: reader and checkpoint; and one for what can wait."""
+    """A small pool: two for each shard, reader and checkpoint, one for what can wait, and one to spare."""
 
     def __init__(
         self, dsn: str, *, statement_seconds: float, shards: int = 1, liveness: Liveness | None = None

@@ -53,7 +53,7 @@ class Deployment:
     def __init__(
         self, url: str, deploy_key: SecretStr | None, *, timeout_seconds: float, connections: int = 16
     ) -> None:
-        self.url = url
+        self._url = url
         self._key = deploy_key
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self._connections = connections
@@ -95,7 +95,7 @@ class Deployment:
         # A large body as bytes makes aiohttp warn, which a process that takes warnings for errors would die of.
         data = body if len(body) <= _LARGE_BODY_BYTES else io.BytesIO(body)
         try:
-            async with self._session.post(f"{self.url}/api/{kind}", data=data, allow_redirects=False) as response:
+            async with self._session.post(f"{self._url}/api/{kind}", data=data, allow_redirects=False) as response:
                 text = await _body(response)
                 status = response.status
         except aiohttp.InvalidURL:

@@ -40,11 +40,6 @@ class Lanes:
         self._bytes = 0
 
     @property
-    def waiting(self) -> int:
-        """Readings that could be sent now."""
-        return len(self._waiting)
-
-    @property
     def keys(self) -> int:
         """Keys read and not yet acknowledged."""
         return len(self._waiting) + len(self._in_flight)

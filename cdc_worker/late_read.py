@@ -46,7 +46,6 @@ class MirrorState:
 
     id: int
     name: str
-    width: int
     plan: Plan | None
     # What is wrong with the query; "" while there is a plan.
     broken: str = ""

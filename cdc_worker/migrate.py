@@ -14,6 +14,7 @@ import psycopg
 import structlog
 from psycopg import sql
 
+from cdc_worker.backfill import RESCAN
 from cdc_worker.capture import (
     EVENTS,
     Feed,
@@ -28,7 +29,7 @@ from cdc_worker.capture import (
 )
 from cdc_worker.catalog import check, find_table
 from cdc_worker.database import Connection, begin, connect, fetch, first_lines
-from cdc_worker.errors import ConfigError, SchemaError
+from cdc_worker.errors import READ_ONLY, ConfigError, SchemaError
 from cdc_worker.locks import holders, when_free
 from cdc_worker.mirrors import Mirror
 from cdc_worker.resharding import divide
@@ -55,7 +56,7 @@ where s.name = 'deadlock_timeout' and s.setting::int <= 1000 and exists (
 _STATEMENT_SECONDS = 60.0
 _LOCK_SECONDS = 600.0
 
-_WRITABLE = "select pg_is_in_recovery() or current_setting('transaction_read_only')::bool"
+_READ_ONLY = "select pg_is_in_recovery() or current_setting('transaction_read_only')::bool"
 _WITHOUT_ENCODING = "select getdatabaseencoding() = 'SQL_ASCII'"
 _PREPARE = """
 create schema if not exists cdc;
@@ -66,26 +67,15 @@ create table if not exists cdc.migration (
     applied_at timestamptz not null default now()
 )
 """
-_APPLIED = "select number, name, checksum from cdc.migration order by number"
+_APPLIED = "select number, checksum from cdc.migration order by number"
 # Each holds the schema cdc, too.
 _PUBLICATIONS = "select pubname from pg_publication where puballtables order by pubname"
 _NOTE = "insert into cdc.migration (number, name, checksum) values ($1, $2, $3)"
 _REGISTER = "insert into cdc.mirror (name, definition) values ($1, '') on conflict (name) do nothing"
-_REGISTERED = "select id, name, definition, configured from cdc.mirror"
+_REGISTERED = "select id, name, definition from cdc.mirror"
 _CONFIGURE = "update cdc.mirror set definition = $2, configured = true where id = $1"
 # One that comes back later is new: what changed meanwhile was captured by nobody.
 _RETIRE = "update cdc.mirror set configured = false, definition = '' where id = $1 and configured returning name"
-RESCAN = """
-insert into cdc.backfill (mirror, phase, with_documents, reason) values ($1, 'rows', $2, $3)
-on conflict (mirror) do update set
-    -- One that has begun to mark rows goes on to its end, and starts once more then: what it passed may have changed.
-    again = cdc.backfill.phase = 'rows' and cdc.backfill.after is not null,
-    phase = 'rows',
-    after = case when cdc.backfill.phase = 'rows' then cdc.backfill.after end,
-    marked = case when cdc.backfill.phase = 'rows' then cdc.backfill.marked else 0 end,
-    with_documents = excluded.with_documents or (cdc.backfill.with_documents and cdc.backfill.phase <> 'done'),
-    reason = excluded.reason, requested_at = now(), finished_at = null
-"""
 _UNCAPTURED = "a source had no triggers"
 _CAPTURED = """
 select t.tgrelid, n.nspname, c.relname, t.tgname, case when t.tgenabled = 'A' then p.proname else '' end
@@ -170,8 +160,8 @@ async def _when_free(connection: Connection, what: str, work: Callable[[], Await
 
 
 async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
-    if (await fetch(connection, _WRITABLE))[0][0]:
-        raise SchemaError("this database is a read-only standby: point DATABASE_URL at the primary")
+    if (await fetch(connection, _READ_ONLY))[0][0]:
+        raise SchemaError(READ_ONLY)
     if (await fetch(connection, _WITHOUT_ENCODING))[0][0]:
         raise SchemaError(
             "this database has the encoding SQL_ASCII, which does not say what bytes mean, and Convex holds Unicode:"
@@ -189,7 +179,7 @@ async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
 
 async def _apply(connection: Connection) -> None:
     await connection.execute(_PREPARE)
-    applied = {number: checksum for number, _, checksum in await fetch(connection, _APPLIED)}
+    applied: dict[int, str] = dict(await fetch(connection, _APPLIED))
     known = load_migrations()
     if applied and max(applied) > known[-1].number:
         raise SchemaError(
@@ -216,7 +206,7 @@ async def _apply(connection: Connection) -> None:
 async def _register(connection: Connection, mirrors: Sequence[Mirror]) -> dict[str, int]:
     for mirror in mirrors:
         await connection.execute(_REGISTER, (mirror.name,))
-    return {name: number for number, name, _, _ in await fetch(connection, _REGISTERED)}
+    return {name: number for number, name, _ in await fetch(connection, _REGISTERED)}
 
 
 async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids: dict[str, int]) -> set[int]:
@@ -347,7 +337,7 @@ async def _between_writers(
 
 async def _finish(connection: Connection, mirrors: Sequence[Mirror], uncaptured: set[int]) -> None:
     """Last, with all triggers in place: from here on a rescan misses nothing."""
-    registered = {name: (number, definition) for number, name, definition, _ in await fetch(connection, _REGISTERED)}
+    registered = {name: (number, definition) for number, name, definition in await fetch(connection, _REGISTERED)}
     for mirror in mirrors:
         number, definition = registered.pop(mirror.name)
         await connection.execute(_CONFIGURE, (number, mirror.definition))

@@ -4,10 +4,10 @@ noticed.
 
 import uuid
 from dataclasses import dataclass
-from typing import Any, LiteralString
+from typing import Any, TypeVar
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from cdc_worker.backfill import request_all
 from cdc_worker.checkpoint import Checkpoint, Held
@@ -19,25 +19,25 @@ from cdc_worker.outbox import Position, Shard
 from convex import ConvexError
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 # Rows whose transaction id this Postgres has not reached: written before a restore. Their keys are rescanned
 # with all others.
-_FORGET_FUTURE: LiteralString = "delete from cdc.outbox where xid >= pg_snapshot_xmax(pg_current_snapshot())"
-_NOW: LiteralString = "select pg_current_snapshot()::text"
-_XID: LiteralString = "select pg_snapshot_xmax(pg_current_snapshot())::text::int8"
-
-
-_SAVES: TypeAdapter[int | None] = TypeAdapter(int | None)
+_FORGET_FUTURE = "delete from cdc.outbox where xid >= pg_snapshot_xmax(pg_current_snapshot())"
+_NOW = "select pg_current_snapshot()::text"
+_XID = "select pg_snapshot_xmax(pg_current_snapshot())::text::int8"
 
 
 class _Answer(BaseModel):
-    model_config = ConfigDict(strict=False)
-
     deployment: str
     epoch: int = Field(gt=0, le=2**53)
     previous: int | None
     # Under `previous`: as far as Convex was told.
     previousSaves: int  # noqa: N815  # as Convex says it
+
+
+_ANSWER = TypeAdapter(_Answer)
+_SAVES: TypeAdapter[int | None] = TypeAdapter(int | None)
 
 
 @dataclass(frozen=True)
@@ -76,21 +76,7 @@ async def open_shard(
         "atLeast": max(held.epoch, held.epoch_floor),
         "saves": held.saves,
     }
-
-    async def attempt() -> _Answer:
-        try:
-            value: Any = await deployment.call("mutation", "cdc:open", args)
-            return _Answer.model_validate(value)
-        except (FunctionFailed, ConvexError) as error:
-            raise Misconfigured(
-                f"{error}: is the deployment running, and has it the functions of this worker's convex/ folder?"
-            ) from None
-        except ValidationError:
-            raise Misconfigured(
-                "cdc:open gave an answer of another form: deploy this worker's convex/ folder"
-            ) from None
-
-    answer = await outage.insist(attempt)
+    answer = await _ask(deployment, outage, "cdc:open", args, _ANSWER)
     incarnation = await checkpoint.incarnation()
     ((xid,),) = await database.execute(_XID)
     position, reason = held.position, _doubt(held, answer, known, xid)
@@ -134,15 +120,20 @@ async def note_saves(deployment: Deployment, outage: Outage, shard: Shard, epoch
     Returns what Convex was told before; None if the shard has another epoch now.
     """
     args = {"shard": shard.name, "epoch": epoch, "saves": saves}
+    return await _ask(deployment, outage, "cdc:noteSaves", args, _SAVES)
 
-    async def attempt() -> int | None:
+
+async def _ask(deployment: Deployment, outage: Outage, path: str, args: dict[str, Any], form: TypeAdapter[T]) -> T:
+    """What the mutation at `path` answers, in its form. It refuses nothing, so whatever is amiss concerns all of it."""
+
+    async def attempt() -> T:
         try:
-            return _SAVES.validate_python(await deployment.call("mutation", "cdc:noteSaves", args))
+            return form.validate_python(await deployment.call("mutation", path, args))
         except (FunctionFailed, ConvexError) as error:
-            raise Misconfigured(f"{error}: is the deployment running?") from None
-        except ValidationError:
             raise Misconfigured(
-                "cdc:noteSaves gave an answer of another form: deploy this worker's convex/ folder"
+                f"{error}: is the deployment running, and has it the functions of this worker's convex/ folder?"
             ) from None
+        except ValidationError:
+            raise Misconfigured(f"{path} gave an answer of another form: deploy this worker's convex/ folder") from None
 
     return await outage.insist(attempt)

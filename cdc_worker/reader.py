@@ -2,8 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
 
 from cdc_worker.database import Database
 from cdc_worker.lanes import Lanes
@@ -38,7 +37,7 @@ class Reader:
         shard: Shard,
         page_rows: int,
         poll_seconds: float,
-        rescan: Callable[[set[int]], Any],
+        rescan: Callable[[set[int]], Awaitable[None]],
         added: Callable[[], None],
         liveness: Liveness,
     ) -> None:

@@ -46,9 +46,7 @@ class Registry:
             if definitions.get(mirror.name) != mirror.definition:
                 raise SchemaError(f'mirror "{mirror.name}" is not as the database knows it: run `cdc-worker migrate`')
         for number, name, _, _ in known:
-            mirror_at_work = self._config.get(name)
-            width = len(mirror_at_work.key) if mirror_at_work is not None else 1
-            self.states[number] = MirrorState(number, name, width, None, retired=mirror_at_work is None)
+            self.states[number] = MirrorState(number, name, None, retired=name not in self._config)
         await self.mend()
 
     @property

@@ -45,20 +45,8 @@ KEYS = "the outcome of a batch"
 _DEPLOY = "deploy the convex/ folder of this worker's version"
 _ANSWER: TypeAdapter[_Applied | _FencedAnswer] = TypeAdapter(_Applied | _FencedAnswer)
 
-
-class Tally:
-    """Counts since the last heartbeat."""
-
-    def __init__(self) -> None:
-        self.verdicts: dict[str, int] = {}
-        self.batches = 0
-
-    def add(self, verdict: str, keys: int = 1) -> None:
-        self.verdicts[verdict] = self.verdicts.get(verdict, 0) + keys
-
-    def take(self) -> dict[str, int]:
-        taken, self.verdicts = self.verdicts, {}
-        return taken
+# By verdict: keys since the last heartbeat.
+Tally = Counter[str]
 
 
 class Sender:
@@ -121,7 +109,7 @@ class Sender:
     async def _deliver_whole(self, events: Sequence[Event]) -> None:
         unfit = {event[:2]: event.problem for event in events if event.problem is not None}
         if unfit:
-            self._tally.add("parked", len(unfit))
+            self._tally["parked"] += len(unfit)
             await self._parking.park(unfit)
         await self._deliver([event for event in events if event.problem is None])
         self._under_way -= 1
@@ -206,7 +194,7 @@ class Sender:
             await self._deliver(events, suspect=True)
             return
         (event,) = events
-        self._tally.add("parked")
+        self._tally["parked"] += 1
         await self._parking.park({event[:2]: ("refused", reason)})
 
     async def _note(self, events: Sequence[Event], verdicts: Sequence[_Verdict], started: float) -> None:
@@ -215,9 +203,7 @@ class Sender:
             event[:2]: ("rejected", verdict["rejected"]) for event, verdict in pairs if not isinstance(verdict, str)
         }
         counts = Counter(verdict if isinstance(verdict, str) else "parked" for verdict in verdicts)
-        for verdict_name, keys in counts.items():
-            self._tally.add(verdict_name, keys)
-        self._tally.batches += 1
+        self._tally.update(counts)
         await self._parking.park(refused)
         await self._parking.settle(event[:2] for event, verdict in pairs if isinstance(verdict, str))
         log.debug("batch.applied", keys=len(events), took_ms=round((time.monotonic() - started) * 1000, 1), **counts)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import psycopg
 import structlog
 
-from cdc_worker.care import Care, heartbeat
+from cdc_worker import heartbeat
+from cdc_worker.care import Care
 from cdc_worker.checkpoint import Checkpoint, Held
 from cdc_worker.database import GONE, Database
 from cdc_worker.deployment import Deployment
@@ -178,95 +179,31 @@ class Session:
             log.info("listen.recovered", cure="none needed: changes ring again")
 
     async def _work(self, opened: Opened, stop: asyncio.Event) -> None:
-        settings = self._settings
         pace = Pace(
             keys=_FIRST_BATCH_KEYS,
-            most_keys=settings.batch_keys,
-            most_in_flight=max(settings.in_flight // settings.shards, 1),
+            most_keys=self._settings.batch_keys,
+            most_in_flight=max(self._settings.in_flight // self._settings.shards, 1),
         )
-        sender = Sender(
-            self._deployment,
-            self._lanes,
-            self._parking,
-            self._outage,
-            shard=self._shard.name,
-            epoch=opened.epoch,
-            pace=pace,
-            batch_bytes=settings.batch_bytes,
-            settled=self._settled.set,
-            tally=self._tally,
-            liveness=self._liveness,
-        )
-
-        care = Care(
-            settings,
-            self._database,
-            self._deployment,
-            self._outage,
-            self._registry,
-            checkpoint=self._checkpoint,
-            shard=self._shard,
-            epoch=opened.epoch,
-            config=self._mirrors,
-        )
-
-        def added() -> None:
-            sender.wake()
-            if not self._lanes.keys:
-                self._settled.set()  # a page without keys is acknowledged as it is
-
-        reader = self._reader = Reader(
-            self._database,
-            self._bell,
-            self._registry.states,
-            self._lanes,
-            opened.position,
-            shard=self._shard,
-            page_rows=settings.page_rows,
-            poll_seconds=settings.poll_seconds,
-            rescan=care.note_rescans,
-            added=added,
-            liveness=self._liveness,
-        )
+        sender = self._new_sender(opened.epoch, pace)
+        care = self._new_care(opened.epoch)
+        reader = self._reader = self._new_reader(opened.position, sender, care)
         self._on_open()
         log.info("session.open", shard=str(self._shard), epoch=opened.epoch, listen=self._bell is not None)
         self.opened_at = time.monotonic()
         if self._shard.of > 1:
             await ring(self._database)  # the reader before may have died at the gate, with others asleep behind it
         async with asyncio.TaskGroup() as tasks:
-            reading = tasks.create_task(reader.run())
-            sending = tasks.create_task(sender.run())
-            others = [
+            delivering = {tasks.create_task(reader.run()), tasks.create_task(sender.run())}
+            others = {
                 tasks.create_task(self._keep_checkpoint(reader)),
                 tasks.create_task(care.run(reader)),
                 tasks.create_task(self._wait_for_bell(reader)),
-                tasks.create_task(
-                    heartbeat(
-                        self._database,
-                        self._shard,
-                        reader,
-                        self._lanes,
-                        parking=self._parking,
-                        pace=pace,
-                        tally=self._tally,
-                        seconds=settings.heartbeat_seconds,
-                    )
-                ),
-            ]
+                tasks.create_task(self._heartbeat(reader, pace)),
+            }
             await stop.wait()
-            self._liveness.rests(_CHECKPOINT)
             started = time.monotonic()
-            log.info(
-                "session.stopping",
-                shard=str(self._shard),
-                drain_seconds=settings.drain_seconds,
-                keys_under_way=self._lanes.keys,
-            )
-            reader.stop()
-            sender.stop()
-            await asyncio.wait({reading, sending}, timeout=settings.drain_seconds)
-            drained = reading.done() and sending.done()
-            for task in (reading, sending, *others):
+            drained = await self._drain(reader, sender, delivering)
+            for task in delivering | others:
                 task.cancel()
         async with asyncio.timeout(_LAST_SAVE_SECONDS):
             await self._save(reader)
@@ -277,6 +214,80 @@ class Session:
             took_seconds=round(time.monotonic() - started, 2),
             keys_left=self._lanes.keys,
         )
+
+    def _new_sender(self, epoch: int, pace: Pace) -> Sender:
+        return Sender(
+            self._deployment,
+            self._lanes,
+            self._parking,
+            self._outage,
+            shard=self._shard.name,
+            epoch=epoch,
+            pace=pace,
+            batch_bytes=self._settings.batch_bytes,
+            settled=self._settled.set,
+            tally=self._tally,
+            liveness=self._liveness,
+        )
+
+    def _new_care(self, epoch: int) -> Care:
+        return Care(
+            self._settings,
+            self._database,
+            self._deployment,
+            self._outage,
+            self._registry,
+            checkpoint=self._checkpoint,
+            shard=self._shard,
+            epoch=epoch,
+            config=self._mirrors,
+        )
+
+    def _new_reader(self, position: Position, sender: Sender, care: Care) -> Reader:
+        def added() -> None:
+            sender.wake()
+            if not self._lanes.keys:
+                self._settled.set()  # a page without keys is acknowledged as it is
+
+        return Reader(
+            self._database,
+            self._bell,
+            self._registry.states,
+            self._lanes,
+            position,
+            shard=self._shard,
+            page_rows=self._settings.page_rows,
+            poll_seconds=self._settings.poll_seconds,
+            rescan=care.note_rescans,
+            added=added,
+            liveness=self._liveness,
+        )
+
+    async def _heartbeat(self, reader: Reader, pace: Pace) -> None:
+        await heartbeat.beat(
+            self._database,
+            self._shard,
+            reader,
+            self._lanes,
+            parking=self._parking,
+            pace=pace,
+            tally=self._tally,
+            seconds=self._settings.heartbeat_seconds,
+        )
+
+    async def _drain(self, reader: Reader, sender: Sender, delivering: set[asyncio.Task[None]]) -> bool:
+        """Reads no more, and waits for what is under way; False if that took too long."""
+        self._liveness.rests(_CHECKPOINT)
+        log.info(
+            "session.stopping",
+            shard=str(self._shard),
+            drain_seconds=self._settings.drain_seconds,
+            keys_under_way=self._lanes.keys,
+        )
+        reader.stop()
+        sender.stop()
+        _, late = await asyncio.wait(delivering, timeout=self._settings.drain_seconds)
+        return not late
 
     async def _keep_checkpoint(self, reader: Reader) -> None:
         """After the verdicts, at a measured pace; and now and then of a position that moved on with nothing in it."""

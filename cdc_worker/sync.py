@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from datetime import UTC, date, datetime, timedelta
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, TypeVar, get_args
 
 import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
@@ -34,6 +34,7 @@ from cdc_worker.settings import ConvexSettings, load_settings
 from convex import ConvexError
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 ActivityType = Literal["check-in", "alert", "conversation"]
 AlertLevel = Literal["L1", "L2", "L3", "L4"]
@@ -74,8 +75,7 @@ def sync_activity(  # noqa: PLR0917  # as it is published
     Without a key each call is an activity of its own (its retries are still one). Returns None, with one log line, if
     Convex is not configured. Raises SyncError.
     """
-    added: str | None = _wait(_activity(user_id, type, description, timestamp, metadata, idempotency_key))
-    return added
+    return _submit(_activity(user_id, type, description, timestamp, metadata, idempotency_key)).result()
 
 
 async def sync_activity_async(  # noqa: PLR0917  # as it is published
@@ -104,7 +104,7 @@ def sync_user_status(
 
     Does nothing, with one log line, if Convex is not configured. Raises SyncError.
     """
-    _wait(_status(user_id, last_check_in, next_due, alert_level, alert_triggered_at))
+    _submit(_status(user_id, last_check_in, next_due, alert_level, alert_triggered_at)).result()
 
 
 async def sync_user_status_async(
@@ -319,14 +319,10 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def _submit(work: Coroutine[Any, Any, Any]) -> "Future[Any]":
+def _submit(work: Coroutine[Any, Any, T]) -> Future[T]:
     try:
         loop = _LOOP.get()
     except RuntimeError:
         work.close()
         raise
     return asyncio.run_coroutine_threadsafe(work, loop)
-
-
-def _wait(work: Coroutine[Any, Any, Any]) -> Any:
-    return _submit(work).result()

@@ -9,7 +9,6 @@ What a machine lacks is skipped on it, visibly. In continuous integration (CI=tr
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NoReturn, cast
 
 import pytest
@@ -87,7 +86,7 @@ def database(postgres_server: postgres.Server) -> Iterator[str]:
 
 
 @pytest.fixture
-def pooled_database(database: str, tmp_path: Path) -> Iterator[str]:
+def pooled_database(database: str) -> Iterator[str]:
     """The URL of `database` through a PgBouncer of its own, in transaction mode."""
     if bouncer.program() is None:
         missing("pgbouncer")

@@ -1,12 +1,15 @@
 """The application of these tests: its tables, the mirrors over them, and a database in which both are at home."""
 
 import asyncio
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, LiteralString, Self, cast
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 
+from cdc_worker.capture import GATE
 from cdc_worker.migrate import migrate
 from cdc_worker.mirrors import Mirror, Source
 
@@ -50,6 +53,12 @@ STATUS = Mirror(
     sources=(Source(table='"User"', key=("id",)), Source(table='"Alert"', key=("userId",))),
 )
 MIRRORS = (CHECK_INS, STATUS)
+
+
+def renamed(*mirrors: Mirror) -> tuple[Mirror, ...]:
+    """The same mirrors under names of the test's own: the local Convex is shared, and a rescan lists documents."""
+    run = uuid.uuid4().hex[:8]
+    return tuple(mirror.model_copy(update={"name": f"{mirror.name}-{run}"}) for mirror in mirrors)
 
 
 def toml(mirrors: Sequence[Mirror]) -> str:
@@ -97,6 +106,22 @@ def migrate_now(dsn: str, mirrors: Sequence[Mirror], *, shards: int = 1) -> None
         thread.submit(lambda: asyncio.run(work())).result()
 
 
+def check_in(db: "Database", user: str, key: str, note: str | None = None) -> None:
+    """Writes a user's check-in, or writes it anew; the note is the key unless it is given."""
+    db.execute(
+        """
+        insert into "CheckIn" values (%s, %s, %s, null, now()) on conflict (id) do update set note = excluded.note
+        """,
+        f"{user}-{key}", user, note or key,
+    )  # fmt: skip
+
+
+def through(port: int, dsn: str) -> str:
+    """The same database behind another port. An attempt to connect ends after the least that libpq takes."""
+    to = conninfo_to_dict(dsn)
+    return f"postgresql://{to['user']}:{to['password']}@127.0.0.1:{port}/{to['dbname']}?connect_timeout=2"
+
+
 class Database:
     """A database as the application uses it: a connection in autocommit, and a look at what capture wrote."""
 
@@ -125,6 +150,16 @@ class Database:
 
     def migrate(self, mirrors: Sequence[Mirror], *, shards: int = 1) -> None:
         migrate_now(self.dsn, mirrors, shards=shards)
+
+    def gate_is_kept(self) -> bool:
+        """Whether a worker has gone to rest, and is to be rung for."""
+        kept = self.one(
+            "select exists (select from pg_locks l join pg_database d on d.oid = l.database"
+            " where d.datname = current_database() and l.locktype = 'advisory' and l.classid = %s"
+            " and l.mode = 'ExclusiveLock' and l.granted)",
+            GATE[0],
+        )
+        return bool(kept)
 
     def captured(self) -> list[str | None]:
         """The keys that were captured since the last call, in order; None asks for a rescan."""

@@ -9,7 +9,6 @@ from typing import Any
 from convex.http_client import ConvexHttpClient
 
 from dev import local_convex as convex
-from dev.postgres import free_port
 
 SECONDS = 10.0
 
@@ -73,6 +72,3 @@ def convex_at(
     """A local Convex that comes back at the same address with the same key, and has forgotten everything."""
     with convex.start(functions=functions, port=port, arguments=("--admin-key", admin_key)) as running:
         yield running
-
-
-__all__ = ["SECONDS", "Mirrored", "convex_at", "eventually", "free_port"]

@@ -72,6 +72,18 @@ class Running:
             await asyncio.sleep(0.005)
         return found[times - 1]
 
+    async def delivered(self, keys: int) -> None:
+        """Waits until so many more keys have been delivered."""
+
+        def so_far() -> int:
+            return sum(line["keys"] for line in self.log.of("batch.applied"))
+
+        wanted = so_far() + keys
+        deadline = asyncio.get_running_loop().time() + SECONDS
+        while so_far() < wanted:
+            assert asyncio.get_running_loop().time() < deadline, self.log.lines[-5:]
+            await asyncio.sleep(0.002)
+
     async def at_rest(self) -> None:
         """Nothing is under way."""
         since = len(self.log.of("worker.heartbeat"))

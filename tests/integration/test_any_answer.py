@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cdc_worker import care, outage
 from dev import local_convex as convex
-from tests.integration.application import CHECK_INS, TABLES, Database
+from tests.integration.application import CHECK_INS, TABLES, Database, renamed
 from tests.integration.interposed import Interposed, Run
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import quick_settings, worker_at_work
@@ -80,7 +80,7 @@ def test_the_worker_outlives_any_answer_and_loses_nothing(database: str, local_c
 
     async def outlives(script: list[tuple[int, bytes]], to: str = "") -> None:
         user = f"user-{uuid.uuid4().hex[:8]}"
-        mirror = CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"})
+        (mirror,) = renamed(CHECK_INS)
         left, unheard = iter(script), len(script)
 
         async def fault(_request: web.Request, asked: bytes, run: Run) -> web.Response:

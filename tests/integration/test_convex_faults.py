@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from cdc_worker.errors import Transient
 from cdc_worker.mirrors import Mirror
 from cdc_worker.replay import replay
 from dev import local_convex as convex
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, check_in, renamed
 from tests.integration.interposed import (
     Fault,
     Interposed,
@@ -41,22 +40,13 @@ PATIENCE_SECONDS = 0.3
 
 @pytest.fixture
 def mirrors() -> tuple[Mirror, ...]:
-    return (CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"}),)
+    return renamed(CHECK_INS)
 
 
 @pytest.fixture
 async def between(local_convex: convex.LocalConvex) -> AsyncIterator[Interposed]:
     async with Interposed(local_convex) as opened:
         yield opened
-
-
-def check_in(db: Database, user: str, key: str, note: str) -> None:
-    db.execute(
-        """
-        insert into "CheckIn" values (%s, %s, %s, null, now()) on conflict (id) do update set note = excluded.note
-        """,
-        f"{user}-{key}", user, note,
-    )  # fmt: skip
 
 
 PAUSED = '{"status": "error", "errorMessage": "[Request ID: 1] Server Error"}'

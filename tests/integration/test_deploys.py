@@ -1,7 +1,6 @@
 """A deploy: `migrate` has run with the new cdc_worker.toml, and the worker of the old one is still at work."""
 
 import asyncio
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 
@@ -10,7 +9,7 @@ import pytest
 from cdc_worker import care
 from cdc_worker.mirrors import Mirror, Source
 from dev import local_convex as convex
-from tests.integration.application import CHECK_INS, TABLES, Database, rows_of
+from tests.integration.application import CHECK_INS, TABLES, Database, renamed, rows_of
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import Running, quick_settings, worker_at_work
 
@@ -28,7 +27,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def old() -> Mirror:
-    return CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"})
+    return renamed(CHECK_INS)[0]
 
 
 @pytest.fixture

@@ -3,12 +3,10 @@
 import asyncio
 import shutil
 import subprocess
-import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Literal
 
 import pytest
-from psycopg.conninfo import conninfo_to_dict
 
 from cdc_worker import care, listener, reader
 from cdc_worker import database as border
@@ -18,14 +16,14 @@ from dev import postgres
 from dev.link import Link, link_to
 from dev.processes import unprivileged
 from tests.conftest import missing
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, renamed, through
+from tests.integration.crowd import change_some, check_in_often, documents, rows
 from tests.integration.mirrored import Mirrored, eventually
-from tests.integration.running import Running, quick_settings, worker_at_work
+from tests.integration.running import quick_settings, worker_at_work
 
 pytestmark = [pytest.mark.one_postgres, pytest.mark.timeout(90)]
 
 ROWS = 1_000
-USERS = 20  # so that a user has fewer rows than `activities` shows
 DEADLINE_SECONDS = 0.4
 
 
@@ -41,9 +39,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mirrors() -> tuple[Mirror, ...]:
-    """Names of the test's own, so that a rescan meets no document of another test."""
-    run = uuid.uuid4().hex[:8]
-    return tuple(mirror.model_copy(update={"name": f"{mirror.name}-{run}"}) for mirror in (CHECK_INS, STATUS))
+    return renamed(CHECK_INS, STATUS)
 
 
 @pytest.fixture
@@ -98,44 +94,6 @@ async def address(primary: postgres.Server) -> AsyncIterator[Link]:
         yield opened
 
 
-def at(port: int, dsn: str) -> str:
-    """The same database there. An attempt to connect ends after the least that libpq takes."""
-    to = conninfo_to_dict(dsn)
-    return f"postgresql://{to['user']}:{to['password']}@127.0.0.1:{port}/{to['dbname']}?connect_timeout=2"
-
-
-def check_in_often(db: Database, user: str) -> None:
-    db.execute(
-        """
-        insert into "CheckIn" select %s || '-' || n, %s || '-' || n %% %s, 'first', null, now()
-        from generate_series(1, %s) as n
-        """,
-        user, user, USERS, ROWS,
-    )  # fmt: skip
-
-
-def change_some(db: Database, user: str) -> None:
-    db.execute("""update "CheckIn" set note = 'changed ' || id where id like %s || '%%7'""", user)
-    db.execute("""delete from "CheckIn" where id like %s || '%%3'""", user)
-
-
-def rows(db: Database) -> list[tuple[str, str]]:
-    return sorted(db.execute("""select "userId", note from "CheckIn" """))
-
-
-def documents(mirrored: Mirrored, user: str) -> list[tuple[str, str]]:
-    users = [f"{user}-{n}" for n in range(USERS)]
-    return sorted((each["userId"], each["description"]) for name in users for each in mirrored.activities(name))
-
-
-async def delivered(running: Running, keys: int) -> None:
-    """Waits until so many keys have been delivered."""
-    deadline = asyncio.get_running_loop().time() + 10
-    while sum(line["keys"] for line in running.log.of("batch.applied")) < keys:
-        assert asyncio.get_running_loop().time() < deadline, running.log.lines[-5:]
-        await asyncio.sleep(0.002)
-
-
 @pytest.mark.parametrize("old_connections", ["reset", "half-open"])
 async def test_the_address_leads_to_a_promoted_standby(  # noqa: PLR0917  # fixtures
     mirrors: Sequence[Mirror],
@@ -149,14 +107,14 @@ async def test_the_address_leads_to_a_promoted_standby(  # noqa: PLR0917  # fixt
 ) -> None:
     dsn = primary.dsn(postgres.create_database(primary))
     settings = quick_settings(
-        at(address.port, dsn), local_convex, CDC_STATEMENT_SECONDS=1, CDC_BATCH_KEYS=25, CDC_PAGE_ROWS=200
+        through(address.port, dsn), local_convex, CDC_STATEMENT_SECONDS=1, CDC_BATCH_KEYS=25, CDC_PAGE_ROWS=200
     )
     keep_in_step(primary)
     with Database(dsn, TABLES, mirrors) as db:
         async with worker_at_work(settings, mirrors) as running:
             await running.said("session.open")
-            check_in_often(db, user)
-            await delivered(running, 100)
+            check_in_often(db, user, ROWS)
+            await running.delivered(100)
             change_some(db, user)
             if old_connections == "half-open":
                 address.forget()  # the old machine vanishes without a word
@@ -168,13 +126,13 @@ async def test_the_address_leads_to_a_promoted_standby(  # noqa: PLR0917  # fixt
             await asyncio.to_thread(promote, standby)
             await running.said("database.recovered")
             assert "failed over" in (await running.said("session.rescan", times=2))["cause"]
-            with Database(at(standby.port, dsn)) as after:
+            with Database(through(standby.port, dsn)) as after:
                 after.execute("""update "CheckIn" set note = 'after' where id like %s || '%%1'""", user)
                 assert len(rows(after)) > ROWS / 2
-                await eventually(lambda: documents(mirrored, user), rows(after), seconds=20)
+                await eventually(lambda: documents(mirrored, user, ROWS), rows(after), seconds=20)
                 await eventually(lambda: after.one("select count(*) from cdc.backfill where phase <> 'done'"), 0)
                 assert after.one("select count(*) from cdc.parked_key") == 0
-                assert documents(mirrored, user) == rows(after)
+                assert documents(mirrored, user, ROWS) == rows(after)
             await running.stop()
             # One outage, said once for each way in which it showed.
             troubles = [event for event in running.log.events if event.startswith("database.")]
@@ -192,21 +150,21 @@ async def test_a_standby_that_lagged_is_what_counts(  # noqa: PLR0917  # fixture
 ) -> None:
     """What the old primary had told nobody but the worker is undone in Convex; another worker finds it out as well."""
     dsn = primary.dsn(postgres.create_database(primary))
-    settings = quick_settings(at(address.port, dsn), local_convex, CDC_STATEMENT_SECONDS=1)
+    settings = quick_settings(through(address.port, dsn), local_convex, CDC_STATEMENT_SECONDS=1)
     keep_in_step(primary)
     with Database(dsn, TABLES, mirrors) as db:
-        check_in_often(db, user)
+        check_in_often(db, user, ROWS)
         async with worker_at_work(settings, mirrors):
-            await eventually(lambda: documents(mirrored, user), rows(db), seconds=20)
+            await eventually(lambda: documents(mirrored, user, ROWS), rows(db), seconds=20)
             await asyncio.to_thread(keep_in_step_no_more, primary)
             await asyncio.to_thread(standby.stop)
             change_some(db, user)
-            await eventually(lambda: documents(mirrored, user), rows(db), seconds=20)
+            await eventually(lambda: documents(mirrored, user, ROWS), rows(db), seconds=20)
     await asyncio.to_thread(primary.stop, "immediate")
     await asyncio.to_thread(standby.start)
     await asyncio.to_thread(promote, standby)
     address.lead_to("127.0.0.1", standby.port)
-    with Database(at(standby.port, dsn)) as after:
+    with Database(through(standby.port, dsn)) as after:
         assert len(rows(after)) == ROWS
         async with worker_at_work(settings, mirrors):
-            await eventually(lambda: documents(mirrored, user), rows(after), seconds=20)
+            await eventually(lambda: documents(mirrored, user, ROWS), rows(after), seconds=20)

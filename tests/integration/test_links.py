@@ -2,11 +2,9 @@
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
@@ -17,14 +15,14 @@ from cdc_worker.settings import Settings
 from dev import local_convex as convex
 from dev import postgres
 from dev.link import Link, link_to
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, check_in, renamed, through
+from tests.integration.crowd import change_some, check_in_often, documents, rows
 from tests.integration.mirrored import Mirrored, eventually
-from tests.integration.running import Running, quick_settings, worker_at_work
+from tests.integration.running import quick_settings, worker_at_work
 
 pytestmark = pytest.mark.one_postgres
 
 ROWS = 2_000
-USERS = 40  # so that a user has fewer rows than `activities` shows
 LOOKOUT_SECONDS = 0.6
 DEADLINE_SECONDS = 0.4
 STATEMENT_SECONDS = 0.5
@@ -43,7 +41,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mirrors() -> tuple[Mirror, ...]:
-    return (CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"}), STATUS)
+    return (*renamed(CHECK_INS), STATUS)
 
 
 @pytest.fixture
@@ -53,71 +51,13 @@ async def link(database: str) -> AsyncIterator[Link]:
         yield opened
 
 
-def over(link: Link, dsn: str) -> str:
-    """The same database by way of the link. An attempt to connect ends after the least that libpq takes."""
-    to = conninfo_to_dict(dsn)
-    return f"postgresql://{to['user']}:{to['password']}@127.0.0.1:{link.port}/{to['dbname']}?connect_timeout=2"
-
-
 def settings_over(link: Link, db: Database, convex: convex.LocalConvex, **given: Any) -> Settings:
     """Everything goes over the link."""
-    return quick_settings(over(link, db.dsn), convex, CDC_STATEMENT_SECONDS=STATEMENT_SECONDS, **given)
-
-
-def check_in(db: Database, user: str, key: str) -> None:
-    db.execute("""insert into "CheckIn" values (%s, %s, %s, null, now())""", f"{user}-{key}", user, key)
-
-
-def check_in_often(db: Database, user: str) -> None:
-    db.execute(
-        """
-        insert into "CheckIn" select %s || '-' || n, %s || '-' || n %% %s, 'first', null, now()
-        from generate_series(1, %s) as n
-        """,
-        user, user, USERS, ROWS,
-    )  # fmt: skip
-
-
-def change_some(db: Database, user: str) -> None:
-    db.execute("""update "CheckIn" set note = 'changed ' || id where id like %s || '%%7'""", user)
-    db.execute("""delete from "CheckIn" where id like %s || '%%3'""", user)
-
-
-def rows(db: Database) -> list[tuple[str, str]]:
-    return sorted(db.execute("""select "userId", note from "CheckIn" """))
-
-
-def documents(mirrored: Mirrored, user: str) -> list[tuple[str, str]]:
-    users = [f"{user}-{n}" for n in range(USERS)]
-    return sorted((each["userId"], each["description"]) for name in users for each in mirrored.activities(name))
+    return quick_settings(through(link.port, db.dsn), convex, CDC_STATEMENT_SECONDS=STATEMENT_SECONDS, **given)
 
 
 async def equal(mirrored: Mirrored, db: Database, user: str) -> None:
-    await eventually(lambda: documents(mirrored, user), rows(db), seconds=20)
-
-
-def asleep(db: Database) -> bool:
-    """Whether a worker has gone to rest, and is to be rung for."""
-    with psycopg.connect(db.dsn) as connection:
-        found = connection.execute(
-            "select exists (select from pg_locks where locktype = 'advisory' and classid = 25444 and granted"
-            " and database = (select oid from pg_database where datname = current_database()))"
-        ).fetchone()
-    assert found is not None
-    return bool(found[0])
-
-
-async def delivered(running: Running, keys: int) -> None:
-    """Waits until so many more keys have been delivered."""
-
-    def so_far() -> int:
-        return sum(line["keys"] for line in running.log.of("batch.applied"))
-
-    wanted = so_far() + keys
-    deadline = time.monotonic() + 10
-    while so_far() < wanted:
-        assert time.monotonic() < deadline, running.log.lines[-5:]
-        await asyncio.sleep(0.002)
+    await eventually(lambda: documents(mirrored, user, ROWS), rows(db), seconds=20)
 
 
 # The listener's link.
@@ -126,12 +66,12 @@ async def delivered(running: Running, keys: int) -> None:
 async def test_a_listener_whose_connection_was_forgotten_is_replaced(  # noqa: PLR0917  # fixtures
     mirrors: Sequence[Mirror], db: Database, local_convex: convex.LocalConvex, link: Link, mirrored: Mirrored, user: str
 ) -> None:
-    settings = quick_settings(db.dsn, local_convex, listen_database_url=over(link, db.dsn), CDC_POLL_SECONDS=60)
+    settings = quick_settings(db.dsn, local_convex, listen_database_url=through(link.port, db.dsn), CDC_POLL_SECONDS=60)
     async with worker_at_work(settings, mirrors) as running:
         assert (await running.said("session.open"))["listen"] is True
         # A rescan wakes the reader without the bell.
         await running.said("backfill.done", times=len(mirrors))
-        await eventually(lambda: asleep(db), expected=True)
+        await eventually(db.gate_is_kept, expected=True)
         link.forget()
         started = time.monotonic()
         check_in(db, user, "1")
@@ -148,12 +88,12 @@ async def test_a_listener_whose_connection_was_forgotten_is_replaced(  # noqa: P
 async def test_the_gate_of_a_forgotten_listener_is_free_again(
     mirrors: Sequence[Mirror], db: Database, local_convex: convex.LocalConvex, link: Link, user: str
 ) -> None:
-    settings = quick_settings(db.dsn, local_convex, listen_database_url=over(link, db.dsn))
+    settings = quick_settings(db.dsn, local_convex, listen_database_url=through(link.port, db.dsn))
     async with worker_at_work(settings, mirrors) as running:
         await running.said("session.open")
         # A rescan wakes the reader without the bell.
         await running.said("backfill.done", times=len(mirrors))
-        await eventually(lambda: asleep(db), expected=True)
+        await eventually(db.gate_is_kept, expected=True)
         link.forget()
         check_in(db, user, "1")
         await running.said("session.open", times=2)
@@ -170,12 +110,12 @@ select exists (select from pg_locks l join cdc.checkpoint c on c.holder_pid = l.
 async def test_a_listener_that_cannot_be_replaced_is_done_without(  # noqa: PLR0917  # fixtures
     mirrors: Sequence[Mirror], db: Database, local_convex: convex.LocalConvex, link: Link, mirrored: Mirrored, user: str
 ) -> None:
-    settings = quick_settings(db.dsn, local_convex, listen_database_url=over(link, db.dsn))
+    settings = quick_settings(db.dsn, local_convex, listen_database_url=through(link.port, db.dsn))
     async with worker_at_work(settings, mirrors) as running:
         await running.said("session.open")
         # A rescan wakes the reader without the bell.
         await running.said("backfill.done", times=len(mirrors))
-        await eventually(lambda: asleep(db), expected=True)
+        await eventually(db.gate_is_kept, expected=True)
         link.deaf()
         check_in(db, user, "1")
         assert (await running.said("listen.unavailable"))["cause"] == "LISTEN_DATABASE_URL is out of reach"
@@ -197,7 +137,7 @@ async def test_a_listener_s_link_that_comes_later_is_taken(  # noqa: PLR0917  # 
 ) -> None:
     monkeypatch.setattr(session, "_BELL_SECONDS", 0.1)
     link.deaf()
-    settings = quick_settings(db.dsn, local_convex, listen_database_url=over(link, db.dsn))
+    settings = quick_settings(db.dsn, local_convex, listen_database_url=through(link.port, db.dsn))
     async with worker_at_work(settings, mirrors) as running:
         assert (await running.said("session.open"))["listen"] is False
         check_in(db, user, "polled")
@@ -221,8 +161,8 @@ async def test_a_short_deafness_is_waited_out(  # noqa: PLR0917  # fixtures
 ) -> None:
     async with worker_at_work(settings_over(link, db, local_convex, **PIECEMEAL), mirrors) as running:
         await running.said("session.open")
-        check_in_often(db, user)
-        await delivered(running, 100)
+        check_in_often(db, user, ROWS)
+        await running.delivered(100)
         link.deaf()
         await asyncio.sleep(DEADLINE_SECONDS / 2)
         change_some(db, user)
@@ -237,8 +177,8 @@ async def test_a_long_deafness_ends_the_session_and_loses_nothing(  # noqa: PLR0
 ) -> None:
     async with worker_at_work(settings_over(link, db, local_convex, **PIECEMEAL), mirrors) as running:
         await running.said("session.open")
-        check_in_often(db, user)
-        await delivered(running, 100)
+        check_in_often(db, user, ROWS)
+        await running.delivered(100)
         link.deaf()
         # Longer than a statement may take by the worker's own clock.
         await asyncio.sleep(2 * STATEMENT_SECONDS + 2 * DEADLINE_SECONDS)
@@ -264,17 +204,17 @@ async def test_a_stop_over_a_deaf_link_ends_in_time(  # noqa: PLR0917  # fixture
     async with worker_at_work(settings, mirrors) as running:
         await running.said("session.open")
         if busy:
-            check_in_often(db, user)
-            await delivered(running, 100)
+            check_in_often(db, user, ROWS)
+            await running.delivered(100)
         else:
-            await eventually(lambda: asleep(db), expected=True)
+            await eventually(db.gate_is_kept, expected=True)
         link.deaf()
         started = time.monotonic()
         await running.stop()
         # The drain time (1 s), a vain attempt to note how far it got (2 s), to let go (1 s), to close the pool (1 s).
         assert time.monotonic() - started < 6
         if not busy:
-            check_in_often(db, user)
+            check_in_often(db, user, ROWS)
         change_some(db, user)
         link.normal()
     async with worker_at_work(quick_settings(db.dsn, local_convex), mirrors):
@@ -286,9 +226,9 @@ async def test_a_link_that_is_cut_in_the_middle_of_a_drain(  # noqa: PLR0917  # 
 ) -> None:
     async with worker_at_work(settings_over(link, db, local_convex, **PIECEMEAL), mirrors) as running:
         await running.said("session.open")
-        check_in_often(db, user)
+        check_in_often(db, user, ROWS)
         for cuts in range(1, 4):
-            await delivered(running, 100)
+            await running.delivered(100)
             link.cut()
             if cuts == 1:
                 change_some(db, user)
@@ -303,7 +243,7 @@ async def test_a_slow_link_is_only_slow(  # noqa: PLR0917  # fixtures
     async with worker_at_work(settings_over(link, db, local_convex), mirrors) as running:
         await running.said("session.open")
         link.slow(0.02)
-        check_in_often(db, user)
+        check_in_often(db, user, ROWS)
         change_some(db, user)
         await equal(mirrored, db, user)
         await running.stop()
@@ -324,11 +264,11 @@ async def test_postgres_is_restarted_in_the_middle_of_a_drain(
     with postgres.start(postgres_flavour) as server:
         dsn = server.dsn(postgres.create_database(server))
         with Database(dsn, TABLES, mirrors) as db:
-            check_in_often(db, user)
+            check_in_often(db, user, ROWS)
         async with worker_at_work(quick_settings(dsn, local_convex, **PIECEMEAL), mirrors) as running:
             for restarts, mode in enumerate(modes, 1):
                 await running.said("session.open", times=restarts)
-                await delivered(running, 100)
+                await running.delivered(100)
                 await asyncio.to_thread(server.restart, mode)
                 with Database(dsn) as db:
                     change_some(db, user)

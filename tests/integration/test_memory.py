@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import signal
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 
 from cdc_worker.mirrors import Mirror
 from dev import local_convex as convex
-from tests.integration.application import CHECK_INS, TABLES, Database
+from tests.integration.application import CHECK_INS, TABLES, Database, renamed
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import Child, child, environment, quick_settings, worker_at_work
 
@@ -77,7 +76,7 @@ BACKLOGS = {
 
 @pytest.fixture
 def mirror() -> Mirror:
-    return CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"})
+    return renamed(CHECK_INS)[0]
 
 
 @pytest.mark.parametrize("what", BACKLOGS)

@@ -3,9 +3,9 @@
 import asyncio
 import shutil
 import subprocess
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from psycopg import sql
@@ -15,11 +15,13 @@ from cdc_worker.mirrors import Mirror
 from dev import local_convex as convex
 from dev import postgres
 from dev.processes import unprivileged
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database
-from tests.integration.mirrored import Mirrored, convex_at, eventually, free_port
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, renamed
+from tests.integration.mirrored import Mirrored, convex_at, eventually
 from tests.integration.running import Running, quick_settings, worker_at_work
 
 pytestmark = pytest.mark.one_postgres
+
+T = TypeVar("T")
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +32,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mirrors() -> tuple[Mirror, ...]:
-    """Names of the test's own, so that a rescan meets no document of another test."""
-    return (
-        CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"}),
-        STATUS.model_copy(update={"name": f"status-{uuid.uuid4().hex[:8]}"}),
-    )
+    return renamed(CHECK_INS, STATUS)
 
 
 @pytest.fixture
@@ -102,6 +100,18 @@ async def flows(db: Database, mirrored: Mirrored, user: str) -> None:
 # Postgres.
 
 
+async def backed_up(dsn: str, mirrors: Sequence[Mirror], mirrored: Mirrored, user: str, backup: Callable[[], T]) -> T:
+    """A backup of a database that is mirrored, and goes on when it has been made."""
+    with Database(dsn, TABLES) as db:
+        await asyncio.to_thread(db.migrate, mirrors)
+        begin(db, user)
+        await eventually(lambda: state(mirrored, user), BEFORE)
+        made = await asyncio.to_thread(backup)
+        go_on(db, user)
+        await eventually(lambda: state(mirrored, user), AFTER)
+    return made
+
+
 async def test_a_dump_that_is_restored_under_the_same_name(  # noqa: PLR0917  # fixtures
     mirrors: Sequence[Mirror],
     server: postgres.Server,
@@ -111,13 +121,7 @@ async def test_a_dump_that_is_restored_under_the_same_name(  # noqa: PLR0917  # 
     user: str,
 ) -> None:
     async with worker_at_work(quick_settings(dsn, local_convex), mirrors) as running:
-        with Database(dsn, TABLES) as db:
-            await asyncio.to_thread(db.migrate, mirrors)
-            begin(db, user)
-            await eventually(lambda: state(mirrored, user), BEFORE)
-            backup = await asyncio.to_thread(dump, server, dsn)
-            go_on(db, user)
-            await eventually(lambda: state(mirrored, user), AFTER)
+        backup = await backed_up(dsn, mirrors, mirrored, user, lambda: dump(server, dsn))
         since = len(running.log.lines)
         await asyncio.to_thread(backup.drop_database)
         await asyncio.to_thread(backup.restore, "--single-transaction")
@@ -138,13 +142,7 @@ async def test_a_dump_that_is_restored_piece_by_piece(  # noqa: PLR0917  # fixtu
 ) -> None:
     """As pg_restore does it unless it is told otherwise: the worker meets tables without rows, and without keys."""
     async with worker_at_work(quick_settings(dsn, local_convex), mirrors) as running:
-        with Database(dsn, TABLES) as db:
-            await asyncio.to_thread(db.migrate, mirrors)
-            begin(db, user)
-            await eventually(lambda: state(mirrored, user), BEFORE)
-            backup = await asyncio.to_thread(dump, server, dsn)
-            go_on(db, user)
-            await eventually(lambda: state(mirrored, user), AFTER)
+        backup = await backed_up(dsn, mirrors, mirrored, user, lambda: dump(server, dsn))
         since = len(running.log.lines)
         await asyncio.to_thread(backup.drop_database)
         for section in ("pre-data", "data", "post-data"):
@@ -232,13 +230,7 @@ async def test_a_data_folder_that_is_set_back_to_a_copy_of_a_running_server(  # 
 ) -> None:
     """As a snapshot of a disk or of a virtual machine: the session that is at work is in it, with its epoch."""
     async with worker_at_work(quick_settings(dsn, local_convex), mirrors):
-        with Database(dsn, TABLES) as db:
-            await asyncio.to_thread(db.migrate, mirrors)
-            begin(db, user)
-            await eventually(lambda: state(mirrored, user), BEFORE)
-            backup = await asyncio.to_thread(hot_copy_of, server)
-            go_on(db, user)
-            await eventually(lambda: state(mirrored, user), AFTER)
+        backup = await backed_up(dsn, mirrors, mirrored, user, lambda: hot_copy_of(server))
         await asyncio.to_thread(set_back, server, backup)
         await eventually(lambda: state(mirrored, user), BEFORE)
 
@@ -287,7 +279,7 @@ def clone(source: Path, target: Path) -> None:
 
 
 async def test_an_empty_deployment_at_the_same_address(mirrors: Sequence[Mirror], database: str, user: str) -> None:
-    port = free_port()
+    port = postgres.free_port()
     with Database(database, TABLES, mirrors) as db, convex_at(port) as first:
         mirrored = Mirrored(first.url, first.admin_key)
         async with worker_at_work(quick_settings(database, first), mirrors) as running:

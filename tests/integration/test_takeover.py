@@ -3,7 +3,6 @@
 import asyncio
 import signal
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from cdc_worker.mirrors import Mirror
 from cdc_worker.outbox import Shard
 from cdc_worker.parking import Parking
 from dev import local_convex as convex
-from tests.integration.application import CHECK_INS, TABLES, Database
+from tests.integration.application import CHECK_INS, TABLES, Database, check_in, renamed
 from tests.integration.interposed import Interposed, held_until
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import Child, child, environment
@@ -28,22 +27,13 @@ LEASE_SECONDS = 3
 
 @pytest.fixture
 def mirror() -> Mirror:
-    return CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"})
+    return renamed(CHECK_INS)[0]
 
 
 @pytest.fixture
 def db(database: str, mirror: Mirror) -> Iterator[Database]:
     with Database(database, TABLES, [mirror]) as opened:
         yield opened
-
-
-def check_in(db: Database, user: str, key: str, note: str) -> None:
-    db.execute(
-        """
-        insert into "CheckIn" values (%s, %s, %s, null, now()) on conflict (id) do update set note = excluded.note
-        """,
-        f"{user}-{key}", user, note,
-    )  # fmt: skip
 
 
 async def said(worker: Child, event: str, *, times: int = 1) -> None:

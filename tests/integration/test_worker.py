@@ -21,8 +21,8 @@ from cdc_worker.plan import Plan
 from cdc_worker.safe_json import restore
 from dev import local_convex as convex
 from dev import postgres
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, rows_of
-from tests.integration.mirrored import Mirrored, convex_at, eventually, free_port
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, renamed, rows_of
+from tests.integration.mirrored import Mirrored, convex_at, eventually
 from tests.integration.running import Running, child, environment, quick_settings, worker_at_work
 
 # What differs between versions of Postgres is tested in test_capture.py and test_migrate.py.
@@ -40,8 +40,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mirrors() -> tuple[Mirror, ...]:
-    """Activities under a name of the test's own, too, so that no rescan meets those of other tests."""
-    return (CHECK_INS.model_copy(update={"name": f"check-ins-{uuid.uuid4().hex[:8]}"}), STATUS)
+    return (*renamed(CHECK_INS), STATUS)
 
 
 @pytest.fixture
@@ -202,7 +201,7 @@ async def test_what_was_acknowledged_is_not_read_again(db: Database, work: Work,
 async def test_convex_is_out_of_reach_at_the_start_and_later_and_comes_back_empty(
     mirrors: Sequence[Mirror], db: Database, user: str
 ) -> None:
-    port = free_port()
+    port = postgres.free_port()
     with contextlib.ExitStack() as stack:
         stack.enter_context(convex_at(port)).process.stop()
     gone = convex.LocalConvex(f"http://127.0.0.1:{port}", "local-convex|00aa", None)  # type: ignore[arg-type]
@@ -258,7 +257,7 @@ async def test_a_wrong_key_is_said_and_nothing_is_lost(db: Database, work: Work,
 async def test_functions_that_are_not_deployed_are_said_and_waited_for(
     mirrors: Sequence[Mirror], db: Database, user: str, tmp_path: Path
 ) -> None:
-    port = free_port()
+    port = postgres.free_port()
     check_in(db, user, "1")
     empty = tmp_path / "convex"
     (empty / "_generated").mkdir(parents=True)
@@ -416,28 +415,17 @@ async def test_through_a_pooler_it_listens_on_a_direct_connection(  # noqa: PLR0
     async with worker_at_work(settings, mirrors) as running:
         assert (await running.said("session.open"))["listen"] is True
         for n in range(1, 4):
-            await eventually(lambda: _asleep(db), expected=True)
+            await eventually(db.gate_is_kept, expected=True)
             check_in(db, user, str(n))
             await eventually(lambda: len(mirrored.activities(user)), n, seconds=3)
         await running.stop()
         assert running.log.of("listen.unavailable") == []
 
 
-def _asleep(db: Database) -> bool:
-    """Whether the worker has gone to rest, and is to be rung for."""
-    with psycopg.connect(db.dsn) as connection:
-        found = connection.execute(
-            "select exists (select from pg_locks where locktype = 'advisory' and classid = 25444"
-            " and database = (select oid from pg_database where datname = current_database()))"
-        ).fetchone()
-    assert found is not None
-    return bool(found[0])
-
-
 async def test_a_listener_that_dies_is_replaced(db: Database, work: Work, mirrored: Mirrored, user: str) -> None:
     async with work(CDC_POLL_SECONDS=60) as running:
         await running.said("session.open")
-        await eventually(lambda: _asleep(db), expected=True)
+        await eventually(db.gate_is_kept, expected=True)
         # By the lease's own word: what the listener last said depends on whether it has just been woken.
         assert db.execute("select pg_terminate_backend(holder_pid) from cdc.checkpoint") == [(True,)]
         await running.said("session.open", times=2)
@@ -1115,7 +1103,7 @@ async def test_a_column_that_is_gone_is_not_said_with_each_write(db: Database, w
 
 
 async def test_rows_that_a_policy_hides_are_not_taken_for_deleted(
-    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
+    db: Database, work: Work, mirrored: Mirrored, user: str
 ) -> None:
     check_in(db, user, "1", "here")
     async with work() as running:
@@ -1203,7 +1191,7 @@ async def test_a_backfill_command_is_noticed_soon(db: Database, work: Work, mirr
     db.migrate([mirror])
     async with work([mirror]) as running:
         await running.said("session.open")
-        await eventually(lambda: _asleep(db), expected=True)
+        await eventually(db.gate_is_kept, expected=True)
         await asyncio.to_thread(
             db.execute,
             "alter table t disable trigger user; insert into t values ('unseen');"

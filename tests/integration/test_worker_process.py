@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from dev import local_convex as convex
+from dev import postgres
 from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, rows_of, toml
-from tests.integration.mirrored import Mirrored, eventually, free_port
+from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import Child, child, environment
 
 pytestmark = pytest.mark.one_postgres
@@ -86,7 +87,7 @@ def test_sigterm_ends_it_also_if_nobody_reads_its_log_any_more(
     db: Database, local_convex: convex.LocalConvex, config: Path
 ) -> None:
     config.write_text(toml(MIRRORS))
-    env = environment(db.dsn, local_convex, config) | {"CONVEX_URL": f"http://127.0.0.1:{free_port()}"}
+    env = environment(db.dsn, local_convex, config) | {"CONVEX_URL": f"http://127.0.0.1:{postgres.free_port()}"}
     with subprocess.Popen(
         [sys.executable, "-m", "cdc_worker", "run"], stderr=subprocess.PIPE, env=env, cwd=config.parent
     ) as worker:
@@ -189,7 +190,7 @@ def test_a_wrong_setting_is_one_line_and_exit_2(db: Database, config: Path, what
 
 
 def test_a_database_that_is_out_of_reach_is_one_line_and_exit_1(config: Path) -> None:
-    env = environment(f"postgresql://someone:s3cret@127.0.0.1:{free_port()}/nowhere", None, config)
+    env = environment(f"postgresql://someone:s3cret@127.0.0.1:{postgres.free_port()}/nowhere", None, config)
     with child(config.parent, env, "migrate", mirrors=MIRRORS) as command:
         assert command.process.wait(15) == 1
         text = command.process.stderr.read_text()
