@@ -38,6 +38,8 @@ _DEFAULTS = {
 }
 # Longer than any lock that the worker waits for in front of others.
 _LOCK_TIMEOUT = "1s"
+# Of the role or the database, since this version: it would end whole pages, again and again.
+_TRANSACTION_TIMEOUT_SINCE = 170000
 # On top of the server's own statement timeout: only a dead link lets this one strike.
 _GRACE_SECONDS = 5.0
 _POSTGRES = "a statement in Postgres"
@@ -207,8 +209,10 @@ async def begin(
     the application's before, which may have set its search_path: a mirror's query would read other tables.
     """
     milliseconds = int(statement_seconds * 1000)
+    since_17 = connection.info.server_version >= _TRANSACTION_TIMEOUT_SINCE
+    unlimited = "set local transaction_timeout = 0; " if since_17 else ""
     cursor = await connection.execute(
-        f"begin {mode}; set local statement_timeout = {milliseconds}; "
+        f"begin {mode}; {unlimited}set local statement_timeout = {milliseconds}; "
         f"set local lock_timeout = '{_LOCK_TIMEOUT}'; set local jit = off; set local row_security = off; "
         "set local search_path to default; "
         f"set local idle_in_transaction_session_timeout = {2 * milliseconds + int(_GRACE_SECONDS * 1000)}; {first}"
