@@ -46,6 +46,13 @@ _POSTGRES = "a statement in Postgres"
 # Nothing is worth a longer wait for the pool's connections to say goodbye.
 _CLOSE_SECONDS = 1.0
 
+# Temporary tables that the application left there have the names of others, and are found first unless their place is
+# said. Where there are none nothing is set, and hardly anything sent.
+_TEMPORARY_LAST: LiteralString = (
+    "select from"
+    " set_config('search_path', concat_ws(', ', nullif(current_setting('search_path'), ''), 'pg_temp'), true)"
+    " where pg_my_temp_schema() <> 0"
+)
 _ONE_SNAPSHOT: LiteralString = "isolation level repeatable read read only"
 _NOW: LiteralString = "select pg_current_snapshot()::text"
 
@@ -206,7 +213,8 @@ async def begin(
 
     The last deadline is for a worker that vanishes with its machine: what it locked is not locked for hours. A policy
     that hides rows is an error (docs/decisions/0045-a-hidden-row-is-an-error.md). Behind a pooler the connection was
-    the application's before, which may have set its search_path: a mirror's query would read other tables.
+    the application's before, which may have set its search_path, or made temporary tables: a mirror's query would read
+    those.
     """
     milliseconds = int(statement_seconds * 1000)
     since_17 = connection.info.server_version >= _TRANSACTION_TIMEOUT_SINCE
@@ -214,7 +222,7 @@ async def begin(
     cursor = await connection.execute(
         f"begin {mode}; {unlimited}set local statement_timeout = {milliseconds}; "
         f"set local lock_timeout = '{_LOCK_TIMEOUT}'; set local jit = off; set local row_security = off; "
-        "set local search_path to default; "
+        f"set local search_path to default; {_TEMPORARY_LAST}; "
         f"set local idle_in_transaction_session_timeout = {2 * milliseconds + int(_GRACE_SECONDS * 1000)}; {first}"
     )
     while cursor.nextset():
