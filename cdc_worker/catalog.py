@@ -166,7 +166,8 @@ class Gaps:
 
 async def find_gaps(database: Database, mirrors: Sequence[Mirror]) -> Gaps:
     tables = list(dict.fromkeys(source.table for mirror in mirrors for source in mirror.sources))
-    found = await database.execute(_UNCAPTURED, tables)
+    async with database.transaction("read only") as connection:  # in the role's own search_path
+        found = await fetch(connection, _UNCAPTURED, tables)
     return Gaps([name for name, is_bare in found if is_bare], [name for name, is_bare in found if not is_bare])
 
 

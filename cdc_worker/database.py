@@ -38,12 +38,21 @@ _DEFAULTS = {
 }
 # Longer than any lock that the worker waits for in front of others.
 _LOCK_TIMEOUT = "1s"
+# Of the role or the database, since this version: it would end whole pages, again and again.
+_TRANSACTION_TIMEOUT_SINCE = 170000
 # On top of the server's own statement timeout: only a dead link lets this one strike.
 _GRACE_SECONDS = 5.0
 _POSTGRES = "a statement in Postgres"
 # Nothing is worth a longer wait for the pool's connections to say goodbye.
 _CLOSE_SECONDS = 1.0
 
+# Temporary tables that the application left there have the names of others, and are found first unless their place is
+# said. Where there are none nothing is set, and hardly anything sent.
+_TEMPORARY_LAST: LiteralString = (
+    "select from"
+    " set_config('search_path', concat_ws(', ', nullif(current_setting('search_path'), ''), 'pg_temp'), true)"
+    " where pg_my_temp_schema() <> 0"
+)
 _ONE_SNAPSHOT: LiteralString = "isolation level repeatable read read only"
 _NOW: LiteralString = "select pg_current_snapshot()::text"
 
@@ -204,13 +213,16 @@ async def begin(
 
     The last deadline is for a worker that vanishes with its machine: what it locked is not locked for hours. A policy
     that hides rows is an error (docs/decisions/0045-a-hidden-row-is-an-error.md). Behind a pooler the connection was
-    the application's before, which may have set its search_path: a mirror's query would read other tables.
+    the application's before, which may have set its search_path, or made temporary tables: a mirror's query would read
+    those.
     """
     milliseconds = int(statement_seconds * 1000)
+    since_17 = connection.info.server_version >= _TRANSACTION_TIMEOUT_SINCE
+    unlimited = "set local transaction_timeout = 0; " if since_17 else ""
     cursor = await connection.execute(
-        f"begin {mode}; set local statement_timeout = {milliseconds}; "
+        f"begin {mode}; {unlimited}set local statement_timeout = {milliseconds}; "
         f"set local lock_timeout = '{_LOCK_TIMEOUT}'; set local jit = off; set local row_security = off; "
-        "set local search_path to default; "
+        f"set local search_path to default; {_TEMPORARY_LAST}; "
         f"set local idle_in_transaction_session_timeout = {2 * milliseconds + int(_GRACE_SECONDS * 1000)}; {first}"
     )
     while cursor.nextset():

@@ -12,7 +12,7 @@ def join_key(parts: Sequence[str]) -> str:
 
 # What a text must be like to be of a type at all: others find no row, and must not make the query fail.
 _LIKE = {
-    "bigint": re.compile(r"-?\d{1,19}"),
+    "bigint": re.compile(r"-?[0-9]{1,19}"),
     "uuid": re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"),
 }
 

@@ -29,14 +29,21 @@ _SLOW_SHARE = 8
 # The worker keeps the file that it was started with.
 BROKEN_CURE = "its keys are parked until the query runs: mend it in cdc_worker.toml, run migrate, restart the worker"
 
-# Whether a table behind the sources ($1) has another file than in this snapshot: to that it is empty now.
+# Whether a table behind the sources ($1) has another file than in this snapshot, to which it is empty now; or whether
+# another one stands in its place, which may have been filled in the same transaction. What functions say is of now; a
+# partition that has left has no root.
 _REWRITTEN = """
 with recursive family (oid) as (
-    select to_regclass(name)::oid from unnest($1::text[]) as source (name)
+    select to_regclass(name)::oid from unnest($1::text[]) as source (name) where to_regclass(name) is not null
     union select i.inhrelid from pg_inherits i join family on i.inhparent = family.oid
 )
-select exists (select from family join pg_class c using (oid)
-               where c.relkind = 'r' and c.relfilenode <> pg_relation_filenode(c.oid))
+select exists (
+    select from family left join pg_class c using (oid)
+    where c.oid is null
+       or c.relkind = 'r' and c.relfilenode <> pg_relation_filenode(c.oid)
+       or c.relispartition and pg_partition_root(c.oid) is null
+       or c.relpersistence <> 't' and (pg_identify_object('pg_class'::regclass, c.oid, 0)).identity
+            is distinct from concat(c.relnamespace::regnamespace, '.', quote_ident(c.relname)))
 """
 
 
@@ -67,7 +74,7 @@ _Found = dict[str, Event | int]
 
 
 class _Rewritten(Exception):
-    """TRUNCATE, or an ALTER TABLE, has taken rows away that this snapshot should see."""
+    """TRUNCATE, ALTER TABLE, or another table in its place has taken rows away that this snapshot should see."""
 
 
 class LateReader:

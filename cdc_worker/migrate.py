@@ -58,6 +58,12 @@ _LOCK_SECONDS = 600.0
 
 _READ_ONLY = "select pg_is_in_recovery() or current_setting('transaction_read_only')::bool"
 _WITHOUT_ENCODING = "select getdatabaseencoding() = 'SQL_ASCII'"
+# What capture calls, and an administrator may have taken from plain roles: each write would fail for it.
+_NOT_ALLOWED = """
+select string_agg(name, ', ')
+from unnest(array['pg_notify(text, text)', 'pg_try_advisory_xact_lock_shared(integer, integer)']) as called (name)
+where not has_function_privilege(name, 'execute')
+"""
 _PREPARE = """
 create schema if not exists cdc;
 create table if not exists cdc.migration (
@@ -67,6 +73,10 @@ create table if not exists cdc.migration (
     applied_at timestamptz not null default now()
 )
 """
+_TAKEN = (
+    "{}: this database has a schema cdc that is not the worker's, and the worker needs that name for its own:"
+    " rename the other one (`alter schema cdc rename to ...`)"
+)
 _APPLIED = "select number, checksum from cdc.migration order by number"
 # Each holds the schema cdc, too.
 _PUBLICATIONS = "select pubname from pg_publication where puballtables order by pubname"
@@ -167,6 +177,11 @@ async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
             "this database has the encoding SQL_ASCII, which does not say what bytes mean, and Convex holds Unicode:"
             " dump it, and restore it into one with the encoding UTF8"
         )
+    if not_allowed := (await fetch(connection, _NOT_ALLOWED))[0][0]:
+        raise SchemaError(
+            f"the role in DATABASE_URL may not call {not_allowed}, and so each write to a mirrored table would fail:"
+            f" `grant execute on function {not_allowed} to ...`"
+        )
     problems = []
     for mirror in mirrors:
         try:
@@ -179,7 +194,10 @@ async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
 
 async def _apply(connection: Connection) -> None:
     await connection.execute(_PREPARE)
-    applied: dict[int, str] = dict(await fetch(connection, _APPLIED))
+    try:
+        applied: dict[int, str] = dict(await fetch(connection, _APPLIED))
+    except psycopg.errors.UndefinedColumn as error:
+        raise SchemaError(_TAKEN.format(first_lines(error))) from None
     known = load_migrations()
     if applied and max(applied) > known[-1].number:
         raise SchemaError(
@@ -192,7 +210,14 @@ async def _apply(connection: Connection) -> None:
                     f"migration {migration.name} was changed after it was applied: restore it, and add a new one"
                 )
             continue
-        await connection.execute(migration.text)
+        try:
+            await connection.execute(migration.text)
+        except (
+            psycopg.errors.DuplicateTable,
+            psycopg.errors.DuplicateObject,
+            psycopg.errors.DuplicateFunction,
+        ) as error:
+            raise SchemaError(_TAKEN.format(first_lines(error))) from None
         await connection.execute(_NOTE, (migration.number, migration.name, migration.checksum))
         log.info("migrate.applied", migration=migration.name)
     if len(applied) < len(known) and (published := await fetch(connection, _PUBLICATIONS)):

@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 import psycopg
 import structlog
@@ -51,8 +51,10 @@ select count(*) from wanted
 """
 _ONE = "select key from cdc.parked_key where mirror = $1 and class = 'mirror' limit 1"
 
+# Times as numbers: the driver reads no text of a DateStyle other than ISO.
 _LIST = """
-select m.name, p.key, p.class, p.reason, p.attempts, p.first_at, p.last_at
+select m.name, p.key, p.class, p.reason, p.attempts,
+       extract(epoch from p.first_at)::float8, extract(epoch from p.last_at)::float8
 from cdc.parked_key p join cdc.mirror m on m.id = p.mirror
 where $1::int2 is null or m.id = $1 order by m.name, p.last_at desc, p.key limit $2
 """
@@ -190,7 +192,7 @@ class ParkedKey:
 async def list_parked(database: Database, mirror: str | None, limit: int) -> list[ParkedKey]:
     """The latest parked keys of a mirror, or of all."""
     rows = await database.execute(_LIST, await _id_of(database, mirror), limit)
-    return [ParkedKey(*row) for row in rows]
+    return [ParkedKey(*row[:5], *(datetime.fromtimestamp(seconds, UTC) for seconds in row[5:])) for row in rows]
 
 
 async def count_parked(database: Database, mirror: str | None) -> dict[str, int]:

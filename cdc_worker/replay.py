@@ -5,15 +5,17 @@ only at what changed since.
 """
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 from cdc_worker.database import Database
 from cdc_worker.outbox import ring
 
-# Transactions from this one on are not replayed: what replay marks itself is among them.
+# Transactions from this one on are not replayed: what replay marks itself is among them. Times are numbers, which no
+# DateStyle makes unreadable.
 _BEGIN = """
-select clock_timestamp() - $1::float8 * interval '1 hour', pg_snapshot_xmax(pg_current_snapshot())::text,
-       (select at from cdc.outbox order by xid, id limit 1)
+select extract(epoch from clock_timestamp() - $1::float8 * interval '1 hour')::float8,
+       pg_snapshot_xmax(pg_current_snapshot())::text,
+       (select extract(epoch from at)::float8 from cdc.outbox order by xid, id limit 1)
 """
 # A page of the log, by rows of up to 64 keys; each key of it once, in rows as capture writes them. A null among the
 # keys stands for a rescan, and is one again.
@@ -21,7 +23,7 @@ _MARK_AGAIN = """
 with page as (
     select xid, id, mirror, coalesce(keys, array[key]) as keys from cdc.outbox
     where (xid, id) > ($1::text::xid8, $2::int8) and xid < $3::text::xid8
-      and at >= $4::timestamptz and mirror = any ($5::int2[])
+      and at >= to_timestamp($4::float8) and mirror = any ($5::int2[])
     order by xid, id limit 1000
 ), once as (
     select mirror, key, row_number() over (partition by mirror) - 1 as place
@@ -53,4 +55,5 @@ async def replay(database: Database, mirror_ids: list[int], hours: float) -> Rep
         ((xid, row_id, keys),) = rows
         total += keys
         await ring(database)
-    return Replayed(total, since, log_begins)
+    begins = None if log_begins is None else datetime.fromtimestamp(log_begins, UTC)
+    return Replayed(total, datetime.fromtimestamp(since, UTC), begins)

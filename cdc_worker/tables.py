@@ -13,7 +13,7 @@ import structlog
 from psycopg import sql
 
 from cdc_worker import backfill
-from cdc_worker.database import Database, is_gone
+from cdc_worker.database import Database, fetch, is_gone
 from cdc_worker.mirrors import Mirror
 
 log = structlog.get_logger()
@@ -54,7 +54,8 @@ _NOTE = "update cdc.mirror set tables = $2::int8[], files = $3::int8[], columns 
 async def look_at_tables(database: Database, mirrors: Mapping[int, Mirror]) -> None:
     """Asks for a rescan of each mirror whose rows have changed with their tables."""
     sources = [(number, source.table) for number, mirror in mirrors.items() for source in mirror.sources]
-    changed = await database.execute(_CHANGED, [number for number, _ in sources], [table for _, table in sources])
+    async with database.transaction("read only") as connection:  # in the role's own search_path
+        changed = await fetch(connection, _CHANGED, [number for number, _ in sources], [table for _, table in sources])
     for number, tables, files, columns, gone, came, rewritten, altered, added in changed:
         causes = {
             "a table with rows was dropped or detached": gone,
@@ -79,7 +80,8 @@ async def look_at_tables(database: Database, mirrors: Mapping[int, Mirror]) -> N
 
 async def _shows_whole_rows(database: Database, mirror: Mirror) -> bool:
     try:
-        plan = await database.execute(sql.SQL(_EXPLAIN).format(sql.SQL(mirror.query)).as_string())
+        async with database.transaction("read only") as connection:
+            plan = await fetch(connection, sql.SQL(_EXPLAIN).format(sql.SQL(mirror.query)).as_string())
     except psycopg.Error as error:
         if is_gone(error):
             raise

@@ -107,6 +107,7 @@ def test_replay_marks_once_more_what_changed_within_the_hours(db: Database, comm
     # What replay has marked is in the log as well, and is no reason to go on for ever.
     db.execute("update cdc.checkpoint set position = pg_current_snapshot()")
     db.execute(f"alter database {db.one('select current_database()')} set timezone = 'Asia/Tokyo'")
+    db.execute(f"alter database {db.one('select current_database()')} set datestyle = 'German'")
     done = command("replay", "30", "status")
     statuses = db.execute(
         "select key from cdc.dirty_key, cdc.checkpoint where not pg_visible_in_snapshot(xid, position)"
@@ -149,6 +150,7 @@ async def test_parked_keys_are_listed_retried_and_dropped(
         assert before
 
         db.execute(f"alter database {db.one('select current_database()')} set timezone = 'Asia/Tokyo'")
+        db.execute(f"alter database {db.one('select current_database()')} set datestyle = 'German'")
         listed = command("parked", "list")
         parked_at = db.one("select last_at at time zone 'UTC' from cdc.parked_key")
         assert f"{parked_at:%Y-%m-%dT%H:%M:%S}Z" in listed.stdout

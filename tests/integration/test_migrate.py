@@ -496,6 +496,28 @@ def test_a_database_without_an_encoding_is_refused(postgres_server: postgres.Ser
         postgres.drop_database(postgres_server, "bytes")
 
 
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        "create table cdc.outbox (id int)",
+        "create table cdc.migration (version text)",
+        "create type cdc.missing as enum ()",
+    ],
+)
+def test_a_schema_of_that_name_that_is_somebody_else_s_is_refused(db: Database, theirs: str) -> None:
+    db.execute(f"{T}; create schema cdc; {theirs}")
+    with pytest.raises(SchemaError, match="a schema cdc that is not the worker's"):
+        db.migrate([rows_of("t")])
+
+
+def test_a_role_that_may_not_call_what_capture_calls_is_told_so(db: Database, postgres_server: postgres.Server) -> None:
+    db.execute(T)
+    with postgres_server.admin(db.dsn.rpartition("/")[2]) as superuser:
+        superuser.execute("revoke execute on function pg_notify(text, text) from public")
+    with pytest.raises(SchemaError, match=r"may not call pg_notify\(text, text\)"):
+        db.migrate([rows_of("t")])
+
+
 @pytest.mark.one_postgres
 def test_a_standby_is_refused(postgres_flavour: postgres.Flavour) -> None:
     with postgres.start(postgres_flavour) as server:

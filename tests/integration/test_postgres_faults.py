@@ -133,8 +133,33 @@ async def test_a_search_path_that_the_application_leaves_in_the_pooler(
             application.execute("set search_path to other")
         async with worker_at_work(quick_settings(pooled, local_convex), mirrors) as running:
             await running.said("backfill.done")
+            await eventually(lambda: db.one("select count(*) from cdc.mirror where tables is null"), 0)
             await running.stop()
             assert mirrored.descriptions(user) == ["right"]
+            # Nor are those looked at for triggers, and whether they changed.
+            assert "capture.missing" not in running.log.events
+            noted = (
+                "select every(tables @> array['public.\"CheckIn\"'::regclass::int8]) from cdc.mirror where name = %s"
+            )
+            assert db.one(noted, mirrors[0].name)
+
+
+async def test_a_temporary_table_that_the_application_leaves_in_the_pooler(
+    mirrors: Sequence[Mirror], database: str, local_convex: convex.LocalConvex, mirrored: Mirrored, user: str
+) -> None:
+    """Postgres looks among those first: the mirror's rows passed for deleted."""
+    if bouncer.program() is None:
+        missing("pgbouncer")
+    with Database(database, TABLES, mirrors) as db, bouncer.start(database, pool_size=1) as pooled:
+        check_in(db, user, "right")
+        with psycopg.connect(pooled) as application:
+            application.execute("""create temp table "CheckIn" (like "CheckIn")""")
+        async with worker_at_work(quick_settings(pooled, local_convex), mirrors) as running:
+            await running.said("backfill.done")
+            check_in(db, user, "later")
+            await eventually(lambda: mirrored.descriptions(user), ["later", "right"])
+            await running.stop()
+            assert "capture.missing" not in running.log.events
 
 
 async def test_a_row_that_takes_too_long_is_parked_alone(

@@ -12,6 +12,7 @@ from cdc_worker.database import Database as Border
 from cdc_worker.liveness import Liveness
 from cdc_worker.mirrors import Mirror, Source
 from dev import local_convex as convex
+from dev import postgres
 from tests.integration.application import Database
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import quick_settings, worker_at_work
@@ -83,3 +84,15 @@ async def test_each_statement_of_a_transaction_has_the_limit_to_itself(database:
                 await connection.execute(f"select pg_sleep({2 * LIMIT_SECONDS})")
     watch.end()
     assert not stalls
+
+
+async def test_a_limit_that_the_role_has_for_whole_transactions_ends_none_of_ours() -> None:
+    """A page takes as long as its statements; a migrator holds its lock to the end. (Postgres 17 and later.)"""
+    with postgres.start("wheel") as server, postgres.database(server) as dsn, Database(dsn) as db:
+        db.execute(f"alter role current_user in database {dsn.rsplit('/', 1)[1]} set transaction_timeout = '500ms'")
+        async with Border(dsn, statement_seconds=5) as pool:
+            for transaction in (pool.transaction, pool.snapshot):
+                async with transaction() as opened:
+                    connection = opened[0] if isinstance(opened, tuple) else opened
+                    for _ in range(3):
+                        await connection.execute("select pg_sleep(0.3)")

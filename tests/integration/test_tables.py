@@ -187,6 +187,48 @@ async def test_rows_that_are_read_while_their_table_is_rewritten(
         assert [line for line in running.log.of("batch.applied") if "deleted" in line] == []
 
 
+SWAPPED = {
+    "under its name": "create table copy as table visit; drop table visit; alter table copy rename to visit",
+    "that was there before": "insert into spare table visit; drop table visit; alter table spare rename to visit",
+    "from another schema": """
+        insert into other.visit table visit; drop table visit; alter table other.visit set schema public
+    """,
+    "as a partition": """
+        create table copy (like visit_1); insert into copy table visit_1;
+        alter table visit detach partition visit_1; alter table visit attach partition copy for values in (1)
+    """,
+    "as a partition, for one that is dropped": """
+        insert into spare select * from visit_2;
+        drop table visit_2; alter table visit attach partition spare for values in (2)
+    """,
+}
+
+
+@pytest.mark.parametrize("how", SWAPPED)
+async def test_rows_that_are_read_while_another_table_takes_the_place_of_theirs(
+    db: Database, work: Work, mirrored: Mirrored, mirror: Mirror, how: str
+) -> None:
+    """A snapshot from before does not see what the new one was filled with."""
+    db.execute("create table spare (like visit); create schema other; create table other.visit (like visit)")
+    async with work() as running:
+        await running.said("backfill.done")
+        await noted(db)
+        await running.at_rest()
+        with psycopg.connect(db.dsn) as altering:
+            altering.execute(SWAPPED[how])
+            db.execute(
+                "insert into cdc.outbox (slot, mirror, keys) select cdc.written(), mirror, array_agg(key)"
+                " from cdc.dirty_key where key is not null group by mirror; notify cdc_outbox"
+            )
+            waits = "select count(*) > 0 from pg_locks where not granted and locktype = 'relation'"
+            await eventually(lambda: db.one(waits), expected=True)
+            altering.commit()
+        await running.said("capture.tables_changed")
+        await running.at_rest()
+        await equal(mirrored, mirror, db)
+        assert [line for line in running.log.of("batch.applied") if "deleted" in line] == []
+
+
 WHOLE_ROWS = {
     "as it is": "to_jsonb(v) as metadata from visit v",
     "spelled out": "to_jsonb(q) as metadata from (select * from visit) q",

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc_worker.keys import join_key, split_key
+from cdc_worker.keys import join_key, key_parts, split_key
 
 # What a text of Postgres can be.
 parts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"))
@@ -39,3 +39,9 @@ def test_what_is_no_key_is_a_value_error(text: str) -> None:
 def test_examples_of_what_is_no_key(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011  # whose text nobody reads
         split_key(text, 2)
+
+
+@pytest.mark.parametrize("text", ["", "-", "+1", "1.0", " 1", "1\n", "\u0661\u0662", "9223372036854775808"])
+def test_what_postgres_reads_as_no_integer_is_no_key_of_that_type(text: str) -> None:
+    """The query would fail, and the key be parked, whose document has to go."""
+    assert key_parts(text, ["bigint"]) is None
