@@ -12,7 +12,7 @@ import structlog
 from cdc_worker import backfill
 from cdc_worker.catalog import Gaps, find_gaps
 from cdc_worker.checkpoint import Checkpoint
-from cdc_worker.database import Database, cause, is_surely_gone
+from cdc_worker.database import Database
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import FunctionFailed, Misconfigured
 from cdc_worker.mirrors import Mirror
@@ -20,6 +20,7 @@ from cdc_worker.opening import note_saves
 from cdc_worker.outage import Outage
 from cdc_worker.outbox import Shard
 from cdc_worker.plan import Plan
+from cdc_worker.postgres_errors import cause, is_surely_gone
 from cdc_worker.reader import Reader
 from cdc_worker.registry import Registry
 from cdc_worker.rotation import rotate

@@ -7,8 +7,9 @@ import psycopg
 import structlog
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random
 
-from cdc_worker.database import Row, first_lines
+from cdc_worker.database import Row
 from cdc_worker.errors import SchemaError
+from cdc_worker.postgres_errors import first_lines
 
 log = structlog.get_logger()
 T = TypeVar("T")

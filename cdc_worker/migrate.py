@@ -28,10 +28,11 @@ from cdc_worker.capture import (
     trigger_name,
 )
 from cdc_worker.catalog import check, find_table
-from cdc_worker.database import Connection, begin, connect, fetch, first_lines
+from cdc_worker.database import Connection, begin, connect, fetch
 from cdc_worker.errors import READ_ONLY, ConfigError, SchemaError
 from cdc_worker.locks import holders, when_free
 from cdc_worker.mirrors import Mirror
+from cdc_worker.postgres_errors import first_lines
 from cdc_worker.resharding import divide
 
 log = structlog.get_logger()
