@@ -3,19 +3,16 @@
 from collections.abc import Awaitable, Callable
 from typing import LiteralString, TypeVar
 
-import psycopg
 import structlog
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random
 
 from cdc_worker.database import Row
 from cdc_worker.errors import SchemaError
-from cdc_worker.postgres_errors import first_lines
+from cdc_worker.postgres_errors import LOCKED, first_lines
 
 log = structlog.get_logger()
 T = TypeVar("T")
 
-# How a lock of somebody else shows. None of them says anything against the statement.
-LOCKED = (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled, psycopg.errors.DeadlockDetected)
 # An ALTER TABLE that rewrites may take longer: whoever migrates should hear of it while it lasts.
 _PATIENCE_SECONDS = 30.0
 

@@ -8,6 +8,8 @@ from cdc_worker.database import GONE, Connection, fetch
 from cdc_worker.keys import join_key, key_arrays
 from cdc_worker.plan import Plan
 
+# How a lock of somebody else shows. None of them says anything against the statement.
+LOCKED = (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled, psycopg.errors.DeadlockDetected)
 # Errors of a statement that are not its own: a deadlock, no memory or disk left, an operator, the machine.
 _OF_THE_SERVER = ("40", "53", "57", "58")
 # But these are: it was cut off; it passed a limit that is set (temp_file_limit); it calls what an extension has lost.
