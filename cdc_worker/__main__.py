@@ -21,7 +21,7 @@ from rich.text import Text
 from cdc_worker import backfill as rescans
 from cdc_worker import parking
 from cdc_worker.catalog import check
-from cdc_worker.database import Database, cause, is_gone
+from cdc_worker.database import Database
 from cdc_worker.errors import CdcError, ConfigError, SchemaError
 from cdc_worker.locks import when_free
 from cdc_worker.logs import configure_logs
@@ -29,6 +29,7 @@ from cdc_worker.migrate import migrate as bring_up_to_date
 from cdc_worker.mirrors import Mirror, load_mirrors
 from cdc_worker.outbox import ring
 from cdc_worker.plan import Plan
+from cdc_worker.postgres_errors import cause, is_gone
 from cdc_worker.replay import replay as mark_again
 from cdc_worker.settings import Settings, load_settings, unknown_settings
 from cdc_worker.worker import Worker

@@ -12,20 +12,18 @@ import structlog
 from cdc_worker import backfill
 from cdc_worker.catalog import Gaps, find_gaps
 from cdc_worker.checkpoint import Checkpoint
-from cdc_worker.database import Database, cause, is_surely_gone
-from cdc_worker.deployment import Deployment
-from cdc_worker.errors import FunctionFailed, Misconfigured
+from cdc_worker.database import Database
+from cdc_worker.functions import Functions
 from cdc_worker.mirrors import Mirror
-from cdc_worker.opening import note_saves
 from cdc_worker.outage import Outage
 from cdc_worker.outbox import Shard
 from cdc_worker.plan import Plan
+from cdc_worker.postgres_errors import cause, is_surely_gone
 from cdc_worker.reader import Reader
 from cdc_worker.registry import Registry
 from cdc_worker.rotation import rotate
 from cdc_worker.settings import Settings
 from cdc_worker.tables import look_at_tables
-from convex import ConvexError
 
 log = structlog.get_logger()
 
@@ -47,7 +45,7 @@ class Care:
         self,
         settings: Settings,
         database: Database,
-        deployment: Deployment,
+        functions: Functions,
         outage: Outage,
         registry: Registry,
         *,
@@ -58,7 +56,7 @@ class Care:
     ) -> None:
         self._settings = settings
         self._database = database
-        self._deployment = deployment
+        self._functions = functions
         self._outage = outage
         self._registry = registry
         self._checkpoint = checkpoint
@@ -179,7 +177,7 @@ class Care:
         saves = self._checkpoint.saves
         if saves == self._noted_saves:
             return
-        before = await note_saves(self._deployment, self._outage, self._shard, self._epoch, saves)
+        before = await self._outage.insist(lambda: self._functions.note_saves(self._epoch, saves))
         # A call that was repeated finds its own note.
         if before is not None and before not in {saves, self._noted_saves}:
             reason = "the deployment was set back to an older state"
@@ -211,20 +209,4 @@ class Care:
             await reader.caught_up.wait()
 
     async def _list_documents(self, plan: Plan, after: str | None, limit: int) -> Sequence[str]:
-        async def attempt() -> list[str]:
-            most = limit
-            while True:
-                args = {"mirror": plan.mirror.name, "target": plan.mirror.target, "after": after, "limit": most}
-                try:
-                    keys = await self._deployment.call("query", "cdc:keys", args)
-                except (FunctionFailed, ConvexError) as failure:
-                    if most == 1:
-                        raise Misconfigured(f"{failure}: is the deployment running?") from None
-                    # Whole documents are read to list their keys: large ones may take more time than a query has.
-                    most = max(most // 4, 1)
-                    continue
-                if not isinstance(keys, list):
-                    raise Misconfigured("cdc:keys gave no list: deploy the convex/ folder of this worker's version")
-                return [str(key) for key in keys]
-
-        return await self._outage.insist(attempt)
+        return await self._outage.insist(lambda: self._functions.keys(plan.mirror, after, limit))

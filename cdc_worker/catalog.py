@@ -10,11 +10,11 @@ from typing import LiteralString
 import psycopg
 from psycopg import sql
 
-from cdc_worker.database import Connection, Database, fetch, first_lines, is_gone
+from cdc_worker.database import Connection, Database, fetch
 from cdc_worker.errors import ConfigError
-from cdc_worker.locks import LOCKED
 from cdc_worker.mirrors import Mirror, Source
 from cdc_worker.plan import JSON_COLUMNS, OPTIONAL, REQUIRED, TIME_COLUMNS, Plan, make_plan
+from cdc_worker.postgres_errors import LOCKED, first_lines, is_gone
 
 # Postgres' own type numbers (pg_type.dat), and the name under which a key of that type is cast.
 _KEY_TYPES: dict[int, LiteralString] = {

@@ -8,16 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import psycopg
-import structlog
 
-from cdc_worker.database import Connection, Database, cause, fetch, is_gone, is_surely_gone
+from cdc_worker.database import Connection, Database, fetch
 from cdc_worker.documents import Event, EventMaker, Problem, Row
 from cdc_worker.errors import SchemaError
-from cdc_worker.keys import join_key, key_arrays, key_parts
+from cdc_worker.keys import key_arrays, key_parts
 from cdc_worker.outbox import LogRow, Page, Position, Shard, read_page
 from cdc_worker.plan import Plan
-
-log = structlog.get_logger()
+from cdc_worker.postgres_errors import cause, is_of_the_database, is_of_the_query, is_surely_gone
+from cdc_worker.registry import MirrorState
 
 # A larger row is only measured at first. A page of 1,000 rows that are not large has at most 16 MiB.
 _LARGE_ROW_BYTES = 16_384
@@ -26,8 +25,6 @@ _PAGE_BYTES = 8 * 1024 * 1024
 _NO_LIMIT = 2_147_483_647
 # A page whose query passed the time limit is read again with one row in so many.
 _SLOW_SHARE = 8
-# The worker keeps the file that it was started with.
-BROKEN_CURE = "its keys are parked until the query runs: mend it in cdc_worker.toml, run migrate, restart the worker"
 
 # Whether a table behind the sources ($1) has another file than in this snapshot, to which it is empty now; or whether
 # another one stands in its place, which may have been filled in the same transaction. What functions say is of now; a
@@ -45,19 +42,6 @@ select exists (
        or c.relpersistence <> 't' and (pg_identify_object('pg_class'::regclass, c.oid, 0)).identity
             is distinct from concat(c.relnamespace::regnamespace, '.', quote_ident(c.relname)))
 """
-
-
-@dataclass
-class MirrorState:
-    """A mirror at work: its plan, or why there is none."""
-
-    id: int
-    name: str
-    plan: Plan | None
-    # What is wrong with the query; "" while there is a plan.
-    broken: str = ""
-    # No longer in cdc_worker.toml: what the log still says of it is passed over (`migrate` said so).
-    retired: bool = False
 
 
 @dataclass
@@ -161,12 +145,12 @@ class LateReader:
             async with connection.transaction():
                 return await _query(connection, state.plan, maker, keys, _LARGE_ROW_BYTES)
         except psycopg.Error as error:
-            is_over = is_surely_gone(error) or (is_gone(error) and not await self._another_runs(connection, state))
+            others = [other.plan for other in self._mirrors.values() if other.plan is not None and other is not state]
+            is_over = await is_of_the_database(error, connection, others)
             if is_over or (isinstance(error, psycopg.errors.QueryCanceled) and len(keys) > 1):
                 raise
             if await is_of_the_query(error, connection, state.plan, keys):
-                state.plan, state.broken = None, cause(error)
-                log.error("mirror.broken", mirror=state.name, cause=state.broken, cure=BROKEN_CURE)
+                state.breaks(cause(error))
                 return _all(state, keys, ("mirror", state.broken))
             if len(keys) == 1:
                 # The message itself can quote a value (`invalid input syntax for type integer: "..."`).
@@ -175,21 +159,6 @@ class LateReader:
         middle = len(keys) // 2
         first = await self._rows(connection, state, keys[:middle], number, careful=True)
         return first | await self._rows(connection, state, keys[middle:], number, careful=True)
-
-    async def _another_runs(self, connection: Connection, state: MirrorState) -> bool:
-        """Another mirror's query runs at this moment: the database is well enough, and that mirror need not wait."""
-        for other in self._mirrors.values():
-            if other.plan is None or other.id == state.id:
-                continue
-            try:
-                async with connection.transaction():
-                    await fetch(connection, other.plan.first_keys, 1)
-            except psycopg.Error as error:
-                if is_surely_gone(error):
-                    raise
-            else:
-                return True
-        return False
 
     async def _complete(
         self, connection: Connection, state: MirrorState, found: _Found, keys: Sequence[str], number: int
@@ -203,53 +172,6 @@ class LateReader:
             maker = EventMaker(state.plan, state.id, number)
             found |= await _query(connection, state.plan, maker, large, _NO_LIMIT)
         return [event for key in keys if isinstance(event := found[key], Event)]
-
-
-# A server that is away, a table that is locked, a library that is gone, a function that writes: no row's fault.
-_SURROUNDINGS = ("08", "25", "55", "58", "HV")
-# A column, table, function, schema or right that is gone; or a row's text that a type (tsquery, ltree) cannot read.
-_NAMES_AND_SYNTAX = ("0A", "3F", "42")
-# So many rows are tried.
-_SAMPLE = 5
-
-
-async def is_of_the_query(error: psycopg.Error, connection: Connection, plan: Plan, keys: Sequence[str]) -> bool:
-    """The mirror's query, which failed on these keys, fails as a whole, rather than on a row."""
-    code = error.sqlstate or ""
-    if isinstance(error, psycopg.errors.OutOfMemory):
-        return len(keys) == 1  # fewer may need less
-    if code.startswith(_NAMES_AND_SYNTAX):
-        return not await _reads_any(connection, plan, keys)
-    return code.startswith(_SURROUNDINGS)
-
-
-async def _reads_any(connection: Connection, plan: Plan, failed: Sequence[str]) -> bool:
-    """A row can be read by itself: of those that failed together, or of the first ones."""
-    try:
-        async with connection.transaction():
-            first = [join_key(row) for row in await fetch(connection, plan.first_keys, _SAMPLE)]
-    except psycopg.Error as error:
-        if is_gone(error):
-            raise
-        return False
-    for key in dict.fromkeys((*failed[:1], *failed[-1:], *first)):
-        if len(failed) == 1 and key == failed[0]:
-            continue  # that is known
-        try:
-            async with connection.transaction():
-                if await try_key(connection, plan, key):
-                    return True
-        except psycopg.Error as error:
-            if is_gone(error):
-                raise
-    return False
-
-
-async def try_key(connection: Connection, plan: Plan, key: str) -> bool:
-    """Reads a key's row for nothing, and says if there is one; raises what that fails with."""
-    arrays = key_arrays([key], plan.key_types)
-    cursor = await connection.execute(plan.documents, (*arrays, _LARGE_ROW_BYTES), binary=True)
-    return await cursor.fetchone() is not None
 
 
 def _distinct_keys(rows: Sequence[LogRow]) -> dict[int, list[str]]:

@@ -3,18 +3,16 @@
 from collections.abc import Awaitable, Callable
 from typing import LiteralString, TypeVar
 
-import psycopg
 import structlog
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random
 
-from cdc_worker.database import Row, first_lines
+from cdc_worker.database import Row
 from cdc_worker.errors import SchemaError
+from cdc_worker.postgres_errors import LOCKED, first_lines
 
 log = structlog.get_logger()
 T = TypeVar("T")
 
-# How a lock of somebody else shows. None of them says anything against the statement.
-LOCKED = (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled, psycopg.errors.DeadlockDetected)
 # An ALTER TABLE that rewrites may take longer: whoever migrates should hear of it while it lasts.
 _PATIENCE_SECONDS = 30.0
 
@@ -35,11 +33,14 @@ order by l.mode = 'AccessExclusiveLock' desc, l.mode in ('AccessShareLock', 'Row
 
 
 async def when_free(
-    what: str, work: Callable[[], Awaitable[T]], execute: Callable[[LiteralString], Awaitable[list[Row]]]
+    what: str,
+    work: Callable[[], Awaitable[T]],
+    execute: Callable[[LiteralString], Awaitable[list[Row]]],
+    seconds: float | None = None,
 ) -> T:
     """The outcome of `work` on `what`, tried again while a lock is in its way. `execute` asks who holds it.
 
-    Raises SchemaError that names them after half a minute.
+    Raises SchemaError that names them after so many seconds (half a minute, unless told otherwise).
     """
 
     async def once() -> T:
@@ -53,16 +54,12 @@ async def when_free(
         value: T = await AsyncRetrying(
             wait=wait_random(0.1, 0.5),
             retry=retry_if_exception_type(LOCKED),
-            stop=stop_after_delay(_PATIENCE_SECONDS),
+            stop=stop_after_delay(_PATIENCE_SECONDS if seconds is None else seconds),
             before_sleep=waits,
             reraise=True,
         )(once)
     except LOCKED as error:
-        raise SchemaError(f"{what}: {first_lines(error)}; {await holders(execute)}: run it again then") from None
+        held = ", ".join(text for (text,) in await execute(_HOLDERS))
+        said = f"wait for its end, or end it: {held}" if held else "nobody holds a lock any more"
+        raise SchemaError(f"{what}: {first_lines(error)}; {said}: run it again then") from None
     return value
-
-
-async def holders(execute: Callable[[LiteralString], Awaitable[list[Row]]]) -> str:
-    """In words: who holds locks on tables now, and on which."""
-    found = [text for (text,) in await execute(_HOLDERS)]
-    return f"wait for its end, or end it: {', '.join(found)}" if found else "nobody holds a lock any more"

@@ -2,11 +2,11 @@
 at once.
 """
 
-import asyncio
 import hashlib
-import random
+import itertools
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,10 +28,11 @@ from cdc_worker.capture import (
     trigger_name,
 )
 from cdc_worker.catalog import check, find_table
-from cdc_worker.database import Connection, begin, connect, fetch, first_lines
+from cdc_worker.database import Connection, begin, connect, fetch
 from cdc_worker.errors import READ_ONLY, ConfigError, SchemaError
-from cdc_worker.locks import holders, when_free
+from cdc_worker.locks import when_free
 from cdc_worker.mirrors import Mirror
+from cdc_worker.postgres_errors import first_lines
 from cdc_worker.resharding import divide
 
 log = structlog.get_logger()
@@ -42,7 +43,7 @@ T = TypeVar("T")
 _LOCK = "select pg_advisory_xact_lock(hashtextextended('cdc_worker.migrate', 0))"
 # A trigger's DDL waits for the table's writers, and new writers wait behind it: never for longer than this.
 _TABLE_LOCK_TIMEOUT = "set local lock_timeout = '300ms'"
-_TABLE_TRIES = 100
+_TABLE_SECONDS = 60.0
 # But for once: an autovacuum gives way to who has waited for `deadlock_timeout`, and that of a large table may last.
 _PATIENT_TRY = 10
 _PAST_AUTOVACUUM = """
@@ -166,7 +167,7 @@ async def _transaction(connection: Connection, work: Callable[[], Awaitable[T]])
 
 
 async def _when_free(connection: Connection, what: str, work: Callable[[], Awaitable[T]]) -> T:
-    return await when_free(what, lambda: _transaction(connection, work), lambda query: fetch(connection, query))
+    return await when_free(what, partial(_transaction, connection, work), partial(fetch, connection))
 
 
 async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
@@ -248,25 +249,10 @@ async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids
         existing.setdefault(oid, {})[trigger] = function
         places[oid] = (schema, table)
 
-    kept: set[str] = set()
     for oid, (schema, table, feeds) in wanted.items():
-        bodies = {function_name(schema, table, event): function_body(feeds, event) for event in EVENTS}
-        kept.update(bodies)
-        have = existing.get(oid, {})
-        right = {trigger_name(event): function_name(schema, table, event) for event in EVENTS}
-        missing = [event for event in EVENTS if have.get(trigger_name(event)) != right[trigger_name(event)]]
-        changed = {name: body for name, body in bodies.items() if functions.get(name) != body}
-        if not missing and not changed:
+        statements, unfed = _changes(schema, table, feeds, existing.get(oid, {}), functions)
+        if not statements:
             continue
-        unfed = _unfed(feeds, [have.get(trigger) for trigger in right], functions, shared_function_name(schema, table))
-        statements = [
-            # Writers that called the functions as they were commit first: a rescan does not see their rows before. Of
-            # functions that feed what they fed nothing is missed.
-            *([lock_out_writers(schema, table)] if unfed and not missing else []),
-            *(create_function(name, body) for name, body in changed.items()),
-            *_drops(schema, table, [trigger for trigger in have if have[trigger] != right.get(trigger)]),
-            *(create_trigger(right[trigger_name(event)], schema, table, event) for event in missing),
-        ]
         try:
             await _change_table(connection, oid, f"{schema}.{table}", statements, unfed)
         except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
@@ -281,10 +267,31 @@ async def _bring_triggers(connection: Connection, mirrors: Sequence[Mirror], ids
         if oid not in wanted:
             await _change_table(connection, oid, ".".join(places[oid]), _drops(*places[oid], have))
             log.info("capture.removed", table=".".join(places[oid]))
-    for name in functions:
-        if name not in kept:
-            await connection.execute(sql.SQL("drop function if exists cdc.{}()").format(sql.Identifier(name)))
+    kept = {function_name(schema, table, event) for schema, table, _ in wanted.values() for event in EVENTS}
+    for name in sorted(functions.keys() - kept):
+        await connection.execute(sql.SQL("drop function if exists cdc.{}()").format(sql.Identifier(name)))
     return uncaptured
+
+
+def _changes(
+    schema: str, table: str, feeds: Sequence[Feed], have: dict[str, str], functions: dict[str, str]
+) -> tuple[list[sql.Composed], set[int]]:
+    """What is to be done to a table that has these triggers, and the mirrors that not all of its changes went to."""
+    bodies = {function_name(schema, table, event): function_body(feeds, event) for event in EVENTS}
+    right = {trigger_name(event): function_name(schema, table, event) for event in EVENTS}
+    missing = [event for event in EVENTS if have.get(trigger_name(event)) != right[trigger_name(event)]]
+    changed = {name: body for name, body in bodies.items() if functions.get(name) != body}
+    if not missing and not changed:
+        return [], set()
+    unfed = _unfed(feeds, [have.get(trigger) for trigger in right], functions, shared_function_name(schema, table))
+    return [
+        # Writers that called the functions as they were commit first: a rescan does not see their rows before. Of
+        # functions that feed what they fed nothing is missed.
+        *([lock_out_writers(schema, table)] if unfed and not missing else []),
+        *(create_function(name, body) for name, body in changed.items()),
+        *_drops(schema, table, [trigger for trigger in have if have[trigger] != right.get(trigger)]),
+        *(create_trigger(right[trigger_name(event)], schema, table, event) for event in missing),
+    ], unfed
 
 
 def _unfed(feeds: Sequence[Feed], called: Sequence[str | None], functions: dict[str, str], shared: str) -> set[int]:
@@ -342,22 +349,15 @@ async def _between_writers(
 
     Raises SchemaError if they never are.
     """
+    tries = itertools.count(1)
 
     async def impatient() -> None:
         await connection.execute(_TABLE_LOCK_TIMEOUT)
-        if attempt == _PATIENT_TRY:
+        if next(tries) == _PATIENT_TRY:
             await connection.execute(_PAST_AUTOVACUUM, (oid,))
         await work()
 
-    for attempt in range(1, _TABLE_TRIES + 1):
-        try:
-            return await _transaction(connection, impatient)
-        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
-            if attempt % 10 == 1:
-                log.info("capture.waiting_for_table", table=what, attempt=attempt)
-            await asyncio.sleep(random.uniform(0.1, 0.5))  # noqa: S311  # spreads tries, hides nothing
-    held = await holders(lambda query: fetch(connection, query))
-    raise SchemaError(f"{what} was busy for too long; {held}: run migrate again then")
+    await when_free(what, partial(_transaction, connection, impatient), partial(fetch, connection), _TABLE_SECONDS)
 
 
 async def _finish(connection: Connection, mirrors: Sequence[Mirror], uncaptured: set[int]) -> None:

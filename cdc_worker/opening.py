@@ -4,40 +4,23 @@ noticed.
 
 import uuid
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import structlog
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from cdc_worker.backfill import request_all
 from cdc_worker.checkpoint import Checkpoint, Held
 from cdc_worker.database import Database
-from cdc_worker.deployment import Deployment
-from cdc_worker.errors import FunctionFailed, Misconfigured
+from cdc_worker.functions import Epoch, Functions
 from cdc_worker.outage import Outage
-from cdc_worker.outbox import Position, Shard
-from convex import ConvexError
+from cdc_worker.outbox import Position
 
 log = structlog.get_logger()
-T = TypeVar("T")
 
 # Rows whose transaction id this Postgres has not reached: written before a restore. Their keys are rescanned
 # with all others.
 _FORGET_FUTURE = "delete from cdc.outbox where xid >= pg_snapshot_xmax(pg_current_snapshot())"
 _NOW = "select pg_current_snapshot()::text"
 _XID = "select pg_snapshot_xmax(pg_current_snapshot())::text::int8"
-
-
-class _Answer(BaseModel):
-    deployment: str
-    epoch: int = Field(gt=0, le=2**53)
-    previous: int | None
-    # Under `previous`: as far as Convex was told.
-    previousSaves: int  # noqa: N815  # as Convex says it
-
-
-_ANSWER = TypeAdapter(_Answer)
-_SAVES: TypeAdapter[int | None] = TypeAdapter(int | None)
 
 
 @dataclass(frozen=True)
@@ -59,24 +42,11 @@ class Opened:
 
 
 async def open_shard(
-    database: Database,
-    checkpoint: Checkpoint,
-    deployment: Deployment,
-    outage: Outage,
-    *,
-    shard: Shard,
-    held: Held,
-    known: Known,
+    database: Database, checkpoint: Checkpoint, functions: Functions, outage: Outage, *, held: Held, known: Known
 ) -> Opened:
     """Waits until Convex hands out an epoch. Raises Fenced if the lease was lost meanwhile."""
-    args = {
-        "shard": shard.name,
-        "shards": shard.of,
-        "reader": str(uuid.uuid4()),
-        "atLeast": max(held.epoch, held.epoch_floor),
-        "saves": held.saves,
-    }
-    answer = await _ask(deployment, outage, "cdc:open", args, _ANSWER)
+    reader, at_least = str(uuid.uuid4()), max(held.epoch, held.epoch_floor)
+    answer = await outage.insist(lambda: functions.open(reader, at_least=at_least, saves=held.saves))
     incarnation = await checkpoint.incarnation()
     ((xid,),) = await database.execute(_XID)
     position, reason = held.position, _doubt(held, answer, known, xid)
@@ -96,7 +66,7 @@ async def open_shard(
     return Opened(answer.epoch, position)
 
 
-def _doubt(held: Held, answer: _Answer, known: Known, xid: int) -> str:
+def _doubt(held: Held, answer: Epoch, known: Known, xid: int) -> str:
     """Why Postgres and Convex may not be what they were to each other; "" if nothing says so."""
     if held.deployment is None:
         return "first time at this deployment"
@@ -112,28 +82,3 @@ def _doubt(held: Held, answer: _Answer, known: Known, xid: int) -> str:
     if max(known.saves, answer.previousSaves) > held.saves or known.xid > xid:
         return "Postgres was set back to an older state"
     return ""
-
-
-async def note_saves(deployment: Deployment, outage: Outage, shard: Shard, epoch: int, saves: int) -> int | None:
-    """Tells Convex how often the checkpoint was saved: never more than Postgres knows, unless that is set back.
-
-    Returns what Convex was told before; None if the shard has another epoch now.
-    """
-    args = {"shard": shard.name, "epoch": epoch, "saves": saves}
-    return await _ask(deployment, outage, "cdc:noteSaves", args, _SAVES)
-
-
-async def _ask(deployment: Deployment, outage: Outage, path: str, args: dict[str, Any], form: TypeAdapter[T]) -> T:
-    """What the mutation at `path` answers, in its form. It refuses nothing, so whatever is amiss concerns all of it."""
-
-    async def attempt() -> T:
-        try:
-            return form.validate_python(await deployment.call("mutation", path, args))
-        except (FunctionFailed, ConvexError) as error:
-            raise Misconfigured(
-                f"{error}: is the deployment running, and has it the functions of this worker's convex/ folder?"
-            ) from None
-        except ValidationError:
-            raise Misconfigured(f"{path} gave an answer of another form: deploy this worker's convex/ folder") from None
-
-    return await outage.insist(attempt)

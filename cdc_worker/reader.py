@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from cdc_worker.database import Database
 from cdc_worker.lanes import Lanes
-from cdc_worker.late_read import LateReader, MirrorState
+from cdc_worker.late_read import LateReader
 from cdc_worker.listener import Bell
 from cdc_worker.liveness import Liveness
 from cdc_worker.outbox import Position, Shard, look
+from cdc_worker.registry import MirrorState
 
 _READER = "the log in Postgres"
 # In a busy time the next change is likely soon: short pauses that double, and the bell is not worth its statements, nor

@@ -1,24 +1,44 @@
 """The mirrors at work: cdc_worker.toml as the database knows it, each with a plan or with what is wrong with it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import psycopg
 import structlog
 
 from cdc_worker.catalog import check
-from cdc_worker.database import Connection, Database, cause, first_lines, is_surely_gone
+from cdc_worker.database import Connection, Database
 from cdc_worker.errors import ConfigError, SchemaError
-from cdc_worker.late_read import BROKEN_CURE, MirrorState, is_of_the_query, try_key
-from cdc_worker.locks import LOCKED
 from cdc_worker.migrate import load_migrations
 from cdc_worker.mirrors import Mirror
 from cdc_worker.parking import Parking
 from cdc_worker.plan import Plan
+from cdc_worker.postgres_errors import LOCKED, cause, first_lines, is_of_the_query, is_surely_gone, try_key
 
 log = structlog.get_logger()
 
 _VERSION = "select max(number) from cdc.migration"
 _MIRRORS = "select id, name, definition, configured from cdc.mirror"
+# The worker keeps the file that it was started with.
+_CURE = "its keys are parked until the query runs: mend it in cdc_worker.toml, run migrate, restart the worker"
+
+
+@dataclass
+class MirrorState:
+    """A mirror at work: its plan, or why there is none."""
+
+    id: int
+    name: str
+    plan: Plan | None
+    # What is wrong with the query; "" while there is a plan.
+    broken: str = ""
+    # No longer in cdc_worker.toml: what the log still says of it is passed over (`migrate` said so).
+    retired: bool = False
+
+    def breaks(self, said: str) -> None:
+        if not self.broken:
+            log.error("mirror.broken", mirror=self.name, cause=said, cure=_CURE)
+        self.plan, self.broken = None, said
 
 
 class Registry:
@@ -69,7 +89,7 @@ class Registry:
         for state, failure in failed:
             if not self.plans:
                 raise failure  # no mirror's query runs: it is the database
-            _say_broken(state, cause(failure))
+            state.breaks(cause(failure))
 
     async def _try_plan(self, state: MirrorState, mirror: Mirror) -> psycopg.Error | None:
         """Returns what may be the query's fault, or the database's."""
@@ -80,7 +100,7 @@ class Registry:
                     await self._try_key(connection, state, plan)
         except (ConfigError, *LOCKED) as error:
             # Whatever is locked may stay so for hours, and other mirrors have nothing to do with it.
-            _say_broken(state, first_lines(error) if isinstance(error, psycopg.Error) else str(error))
+            state.breaks(first_lines(error) if isinstance(error, psycopg.Error) else str(error))
             return None
         except psycopg.Error as error:
             if is_surely_gone(error):
@@ -99,16 +119,9 @@ class Registry:
         if key is None:
             return
         try:
-            async with connection.transaction():
-                await try_key(connection, plan, key)
+            await try_key(connection, plan, key)
         except psycopg.Error as error:
             if is_surely_gone(error):
                 raise
             if await is_of_the_query(error, connection, plan, [key]):
                 raise ConfigError(cause(error)) from None
-
-
-def _say_broken(state: MirrorState, said: str) -> None:
-    if not state.broken:
-        log.error("mirror.broken", mirror=state.name, cause=said, cure=BROKEN_CURE)
-    state.broken = said

@@ -1,50 +1,24 @@
 """Batches on their way to Convex: taken from the lanes, repeated until their outcome is known, settled key by key."""
 
 import asyncio
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import structlog
-from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict
 
-from cdc_worker.deployment import Deployment
 from cdc_worker.documents import Event, Problem
-from cdc_worker.errors import Fenced, FunctionFailed, Misconfigured, Overloaded, Transient
+from cdc_worker.errors import Fenced, FunctionFailed, Overloaded, Transient
+from cdc_worker.functions import Functions, Verdict
 from cdc_worker.lanes import Lanes
 from cdc_worker.liveness import Liveness
 from cdc_worker.outage import Outage
 from cdc_worker.pace import Pace
 from cdc_worker.parking import Parking
-from convex import ConvexError
 
 log = structlog.get_logger()
 
-
-class _Rejected(TypedDict):
-    rejected: str
-
-
-_Verdict = Literal["applied", "unchanged", "deleted", "stale"] | _Rejected
-
-
-class _Applied(TypedDict):
-    outcome: Literal["applied"]
-    verdicts: list[_Verdict]
-
-
-class _FencedAnswer(TypedDict):
-    outcome: Literal["fenced"]
-    epoch: float | None
-
-
 KEYS = "the outcome of a batch"
-_DEPLOY = "deploy the convex/ folder of this worker's version"
-_ANSWER: TypeAdapter[_Applied | _FencedAnswer] = TypeAdapter(_Applied | _FencedAnswer)
-
 # By verdict: keys since the last heartbeat.
 Tally = Counter[str]
 
@@ -54,12 +28,11 @@ class Sender:
 
     def __init__(
         self,
-        deployment: Deployment,
+        functions: Functions,
         lanes: Lanes,
         parking: Parking,
         outage: Outage,
         *,
-        shard: str,
         epoch: int,
         pace: Pace,
         batch_bytes: int,
@@ -68,11 +41,11 @@ class Sender:
         liveness: Liveness,
     ) -> None:
         self._liveness = liveness
-        self._deployment = deployment
+        self._functions = functions
         self._lanes = lanes
         self._parking = parking
         self._outage = outage
-        self._head = json.dumps({"shard": shard, "epoch": float(epoch)})[:-1].encode()
+        self._epoch = epoch
         self._pace = pace
         self._batch_bytes = batch_bytes
         self._settled = settled
@@ -131,10 +104,10 @@ class Sender:
         # An attempt whose outcome is unknown may still be carried out.
         unknown = False
 
-        async def attempt() -> _Applied | _FencedAnswer:
+        async def attempt() -> list[Verdict] | None:
             nonlocal unknown
             try:
-                return await self._apply_or_probe(events, number)
+                return await self._apply(events, number)
             except Transient as error:
                 unknown = unknown or not isinstance(error, Overloaded)
                 raise
@@ -142,7 +115,7 @@ class Sender:
                 self._liveness.moved(KEYS)
 
         try:
-            answer = await self._outage.insist(attempt)
+            verdicts = await self._outage.insist(attempt)
         except FunctionFailed as failure:
             if unknown:
                 # These keys would get new numbers, and the ghost could come after them: a new epoch shuts it out.
@@ -150,36 +123,20 @@ class Sender:
             await self._bisect(events, str(failure), suspect=suspect)
             return
         self._pace.good(full=full, took_seconds=time.monotonic() - started)
-        if answer["outcome"] == "fenced":
+        if verdicts is None:
             raise Fenced("Convex gave this shard another epoch")
-        await self._note(events, answer["verdicts"], started)
+        await self._note(events, verdicts, started)
 
-    async def _apply_or_probe(self, events: Sequence[Event], number: int) -> _Applied | _FencedAnswer:
+    async def _apply(self, events: Sequence[Event], number: int) -> list[Verdict] | None:
         """Raises FunctionFailed only if these very events are at fault: an empty batch passes."""
         try:
-            return await self._apply(events)
+            return await self._functions.apply(self._epoch, [event.text for event in events])
         except Overloaded:
             self._pace.too_much(number)
             raise
-        except (FunctionFailed, ConvexError) as failure:
-            try:
-                await self._apply(())
-            except (FunctionFailed, ConvexError) as again:
-                raise Misconfigured(
-                    f"{again}: is the deployment running, and has it the functions of this worker's convex/ folder?"
-                ) from None
-            raise FunctionFailed(str(failure)) from None
-
-    async def _apply(self, events: Sequence[Event]) -> _Applied | _FencedAnswer:
-        args = b'%s,"events":[%s]}' % (self._head, b",".join(event.text for event in events))
-        value = await self._deployment.send("mutation", "cdc:apply", args)
-        try:
-            answer = _ANSWER.validate_python(value)
-        except ValidationError:
-            raise Misconfigured(f"cdc:apply gave an answer of another form: {_DEPLOY}") from None
-        if answer["outcome"] == "applied" and len(answer["verdicts"]) != len(events):
-            raise Misconfigured(f"cdc:apply gave another number of verdicts: {_DEPLOY}")
-        return answer
+        except FunctionFailed:
+            await self._functions.probe(self._epoch)
+            raise
 
     async def _bisect(self, events: Sequence[Event], reason: str, *, suspect: bool) -> None:
         if len(events) > 1:
@@ -197,7 +154,7 @@ class Sender:
         self._tally["parked"] += 1
         await self._parking.park({event[:2]: ("refused", reason)})
 
-    async def _note(self, events: Sequence[Event], verdicts: Sequence[_Verdict], started: float) -> None:
+    async def _note(self, events: Sequence[Event], verdicts: Sequence[Verdict], started: float) -> None:
         pairs = list(zip(events, verdicts, strict=True))
         refused: dict[tuple[int, str], Problem] = {
             event[:2]: ("rejected", verdict["rejected"]) for event, verdict in pairs if not isinstance(verdict, str)

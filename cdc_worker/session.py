@@ -14,6 +14,7 @@ from cdc_worker.checkpoint import Checkpoint, Held
 from cdc_worker.database import GONE, Database
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import READ_ONLY, SchemaError
+from cdc_worker.functions import Functions
 from cdc_worker.lanes import Lanes
 from cdc_worker.listener import Bell, NoBell
 from cdc_worker.liveness import Liveness
@@ -65,7 +66,7 @@ class Session:
         self._on_open = on_open
         self._settings = settings
         self._database = database
-        self._deployment = deployment
+        self._functions = Functions(deployment, shard)
         self._shard = shard
         self._held = held
         self._checkpoint = Checkpoint(database, shard, held, lease_seconds=settings.lease_seconds)
@@ -123,15 +124,7 @@ class Session:
     async def _open(self, stop: asyncio.Event, known: Known) -> Opened | None:
         """The opened shard, or None if a stop came first: Convex may be away for hours."""
         opening = asyncio.create_task(
-            open_shard(
-                self._database,
-                self._checkpoint,
-                self._deployment,
-                self._outage,
-                shard=self._shard,
-                held=self._held,
-                known=known,
-            )
+            open_shard(self._database, self._checkpoint, self._functions, self._outage, held=self._held, known=known)
         )
         stopped = asyncio.create_task(stop.wait())
         try:
@@ -217,11 +210,10 @@ class Session:
 
     def _new_sender(self, epoch: int, pace: Pace) -> Sender:
         return Sender(
-            self._deployment,
+            self._functions,
             self._lanes,
             self._parking,
             self._outage,
-            shard=self._shard.name,
             epoch=epoch,
             pace=pace,
             batch_bytes=self._settings.batch_bytes,
@@ -234,7 +226,7 @@ class Session:
         return Care(
             self._settings,
             self._database,
-            self._deployment,
+            self._functions,
             self._outage,
             self._registry,
             checkpoint=self._checkpoint,

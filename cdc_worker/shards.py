@@ -15,7 +15,7 @@ import psycopg
 import structlog
 
 from cdc_worker.allotment import Allotment, Standing, fair_part
-from cdc_worker.database import GONE, Database, cause
+from cdc_worker.database import GONE, Database
 from cdc_worker.deployment import Deployment
 from cdc_worker.errors import ConfigError, Fenced, SchemaError
 from cdc_worker.liveness import Liveness
@@ -23,6 +23,7 @@ from cdc_worker.mirrors import Mirror
 from cdc_worker.opening import Known
 from cdc_worker.outage import Outage
 from cdc_worker.outbox import Shard
+from cdc_worker.postgres_errors import cause
 from cdc_worker.sender import Tally
 from cdc_worker.session import Session
 from cdc_worker.settings import Settings

@@ -13,8 +13,9 @@ import structlog
 from psycopg import sql
 
 from cdc_worker import backfill
-from cdc_worker.database import Database, fetch, is_gone
+from cdc_worker.database import Database, fetch
 from cdc_worker.mirrors import Mirror
+from cdc_worker.postgres_errors import is_gone
 
 log = structlog.get_logger()
 

@@ -69,7 +69,7 @@ _ONCE: Final = """
                 "insert into cdc.outbox (slot, mirror, key) values (cdc.written(), $1, $2)", event.mirror_id, event.key
             )
         await self._parking._database.execute("select pg_notify('cdc_outbox', '')")
-        return {"outcome": "applied", "verdicts": ["stale"] * len(events)}
+        return ["stale"] * len(events)
 
 """
 

@@ -10,7 +10,8 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from cdc_worker import database as border
-from cdc_worker.database import Database, is_gone
+from cdc_worker.database import Database
+from cdc_worker.postgres_errors import is_gone
 from dev.link import Link, link_to
 
 pytestmark = pytest.mark.one_postgres

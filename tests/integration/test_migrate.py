@@ -680,12 +680,12 @@ def test_what_a_migrate_that_failed_has_left_out_is_scanned_anew(db: Database, m
 
 @pytest.mark.one_postgres
 def test_a_busy_table_is_given_up_in_words(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrating, "_TABLE_TRIES", 2)
+    monkeypatch.setattr(migrating, "_TABLE_SECONDS", 0.5)
     db.execute(f"{T}; create table free (id text)")
     with psycopg.connect(db.dsn, application_name="a report") as long:
         long.execute("insert into t values ('long')")
         held = rf"process {long.info.backend_pid} \(a report, role application\) holds RowExclusiveLock on t"
-        with pytest.raises(SchemaError, match=rf"table public\.t was busy for too long; .*{held}"):
+        with pytest.raises(SchemaError, match=rf"table public\.t: canceling statement due to lock timeout; .*{held}"):
             db.migrate([rows_of("free", name="free"), rows_of("t")])
     db.migrate([rows_of("free", name="free"), rows_of("t")])
     assert captured_tables(db) == {"t", "free"}
@@ -695,7 +695,7 @@ def test_a_busy_table_is_given_up_in_words(db: Database, monkeypatch: pytest.Mon
 def test_a_function_that_feeds_what_it_fed_waits_for_no_writer(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     db.execute(T)
     db.migrate([rows_of("t")])
-    monkeypatch.setattr(migrating, "_TABLE_TRIES", 1)
+    monkeypatch.setattr(migrating, "_TABLE_SECONDS", 0)
     body = capture.function_body
     monkeypatch.setattr(migrating, "function_body", lambda feeds, event: f"{body(feeds, event)}-- in other words\n")
     with psycopg.connect(db.dsn) as writer:
@@ -720,7 +720,7 @@ def test_an_autovacuum_of_a_large_table_gives_way(
     postgres_flavour: postgres.Flavour, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(migrating, "_PATIENT_TRY", 2)
-    monkeypatch.setattr(migrating, "_TABLE_TRIES", 2)
+    monkeypatch.setattr(migrating, "_TABLE_SECONDS", 5)
     at_it = (
         "select count(*) from pg_locks l join pg_stat_activity a on a.pid = l.pid"
         " where l.relation = 't'::regclass and a.usesysid is null"
@@ -740,7 +740,7 @@ def test_an_autovacuum_of_a_large_table_gives_way(
         )
         wait_until(lambda: db.one(at_it), 30)
         with monkeypatch.context() as hurried:
-            hurried.setattr(migrating, "_TABLE_TRIES", 1)
+            hurried.setattr(migrating, "_TABLE_SECONDS", 0)
             with pytest.raises(SchemaError, match=r"process \d+ \(autovacuum\) holds ShareUpdateExclusiveLock on t"):
                 db.migrate([rows_of("t")])
         assert db.one(at_it)
@@ -750,7 +750,7 @@ def test_an_autovacuum_of_a_large_table_gives_way(
 
 @pytest.mark.one_postgres
 def test_a_reader_that_keeps_a_trigger_is_named(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrating, "_TABLE_TRIES", 1)
+    monkeypatch.setattr(migrating, "_TABLE_SECONDS", 0)
     db.execute(T)
     db.migrate([rows_of("t")])
     with psycopg.connect(db.dsn, application_name="a dump") as reader:
