@@ -1,6 +1,7 @@
 """What the database says to a mirror: does its query run, has it the columns, do the tables give its key?
 
-`check` is asked by `migrate`, before it changes anything, and by `run`, at the start of each session.
+`check` is asked by `migrate`, before it changes anything, and by `run`, at the start of each session; `check_owners`
+by `migrate` alone.
 """
 
 from collections.abc import Sequence
@@ -63,6 +64,20 @@ left join (pg_trigger t join pg_proc p on p.oid = t.tgfoid and p.pronamespace = 
 group by family.oid having count(*) filter (where t.tgenabled = 'A') < 4
 order by 1
 """
+# TRIGGER would do for `create trigger`, but `enable always` wants the owner, or a member of that role. Tables that have
+# all of their triggers are left as they are.
+_NOT_OURS = """
+with recursive family (oid) as (
+    select $1::oid union select i.inhrelid from pg_inherits i join family on i.inhparent = family.oid
+)
+select c.oid::regclass::text, quote_ident(pg_get_userbyid(c.relowner)), quote_ident(current_user)
+from family join pg_class c using (oid)
+where c.relkind in ('r', 'p') and not pg_has_role(c.relowner, 'usage') and 4 > (
+    select count(*) from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+    where t.tgrelid = c.oid and t.tgenabled = 'A' and p.pronamespace = to_regnamespace('cdc')
+)
+order by oid <> $1, 1
+"""
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index"}
 
 
@@ -94,6 +109,19 @@ async def check(connection: Connection, mirror: Mirror) -> Plan:
     for source in mirror.sources:
         await _check_source(connection, mirror, source, key_types)
     return make_plan(mirror, key_types, frozenset(types))
+
+
+async def check_owners(connection: Connection, mirror: Mirror) -> None:
+    """Raises ConfigError if the mirror's tables need triggers, and this role may not bring them."""
+    for source in mirror.sources:
+        oid, _, _ = await find_table(connection, mirror, source)
+        for table, owner, role in await fetch(connection, _NOT_OURS, oid):
+            raise _wrong(
+                mirror,
+                f"table {table} belongs to the role {owner}, and only its owner may bring its triggers: run migrate as"
+                f" {owner} or a member of that role (`grant {owner} to {role}`), or"
+                f" `alter table {table} owner to {role}`",
+            )
 
 
 def _wrong(mirror: Mirror, what: str) -> ConfigError:

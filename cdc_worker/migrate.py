@@ -27,7 +27,7 @@ from cdc_worker.capture import (
     shared_function_name,
     trigger_name,
 )
-from cdc_worker.catalog import check, find_table
+from cdc_worker.catalog import check, check_owners, find_table
 from cdc_worker.database import Connection, begin, connect, fetch
 from cdc_worker.errors import READ_ONLY, ConfigError, SchemaError
 from cdc_worker.locks import when_free
@@ -187,6 +187,7 @@ async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
     for mirror in mirrors:
         try:
             await check(connection, mirror)
+            await check_owners(connection, mirror)
         except ConfigError as error:
             problems.append(str(error))
     if problems:
