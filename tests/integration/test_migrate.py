@@ -249,6 +249,45 @@ def test_a_mirror_that_comes_back_is_scanned_anew(db: Database) -> None:
     assert db.execute("select phase from cdc.backfill") == [("rows",)]
 
 
+TARGETS = {
+    "activity": rows_of("t"),
+    "status": Mirror(
+        name="rows",
+        target="status",
+        key=("user_id",),
+        query="select id as user_id from t",
+        sources=(Source(table="t", key=("id",)),),
+    ),
+}
+
+
+@pytest.mark.parametrize("meanwhile", ["at work", "taken out"])
+@pytest.mark.parametrize(("before", "after"), [("activity", "status"), ("status", "activity")])
+def test_another_target_under_the_same_name_is_refused_before_anything_is_changed(
+    db: Database, before: str, after: str, meanwhile: str
+) -> None:
+    # A rescan looks at documents of one kind: those of the other would stay for ever.
+    db.execute(T)
+    db.migrate([TARGETS[before]])
+    if meanwhile == "taken out":
+        db.migrate([])
+    was = everything(db)
+    with pytest.raises(ConfigError, match=f'mirror "rows": its target was "{before}".*another name'):
+        db.migrate([TARGETS[after]])
+    assert everything(db) == was
+    db.migrate([TARGETS[before]])
+    db.migrate([TARGETS[after].model_copy(update={"name": "others"})])
+
+
+def test_the_target_of_a_mirror_from_before_is_filled_in_without_a_rescan(db: Database) -> None:
+    db.execute(T)
+    db.migrate([TARGETS["activity"]])
+    db.execute("delete from cdc.migration where number >= 10; alter table cdc.mirror drop column target")
+    db.execute("update cdc.backfill set phase = 'done'")
+    db.migrate([TARGETS["activity"]])
+    assert db.execute("select target, phase from cdc.mirror join cdc.backfill on mirror = id") == [("activity", "done")]
+
+
 def test_another_source_asks_for_a_rescan(db: Database) -> None:
     # Changes of the new source before this moment were captured by nobody.
     db.execute(TABLES)
