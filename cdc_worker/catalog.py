@@ -108,7 +108,9 @@ async def check(connection: Connection, mirror: Mirror) -> Plan:
     key_types = tuple(_KEY_TYPES[types[name]] for name in mirror.key)
     for source in mirror.sources:
         await _check_source(connection, mirror, source, key_types)
-    return make_plan(mirror, key_types, frozenset(types))
+    plan = make_plan(mirror, key_types, frozenset(types))
+    await _try_order(connection, plan)
+    return plan
 
 
 async def check_owners(connection: Connection, mirror: Mirror) -> None:
@@ -142,13 +144,28 @@ async def _describe(connection: Connection, mirror: Mirror) -> dict[str, int]:
     except psycopg.Error as error:
         if is_gone(error) or isinstance(error, LOCKED):
             raise
-        hint = error.diag.message_hint
-        raise _wrong(mirror, f"its query fails: {first_lines(error)}{f' ({hint})' if hint else ''}") from None
+        raise _wrong(mirror, f"its query fails: {_with_hint(error)}") from None
     names = [column.name for column in description]
     doubled = {name for name in names if names.count(name) > 1}
     if doubled:
         raise _wrong(mirror, f"its query has two columns called {', '.join(sorted(doubled))}")
     return {column.name: column.type_code for column in description}
+
+
+async def _try_order(connection: Connection, plan: Plan) -> None:
+    """Rescans go by it. Postgres finds out only when it runs: columns of two collations give a key of none."""
+    try:
+        async with connection.transaction():
+            await connection.execute(plan.no_keys)
+    except psycopg.Error as error:
+        if is_gone(error) or isinstance(error, LOCKED):
+            raise
+        raise _wrong(plan.mirror, f"its keys cannot be put in order: {_with_hint(error)}") from None
+
+
+def _with_hint(error: psycopg.Error) -> str:
+    hint = error.diag.message_hint
+    return f"{first_lines(error)}{f' ({hint})' if hint else ''}"
 
 
 async def find_table(connection: Connection, mirror: Mirror, source: Source) -> tuple[int, str, str]:

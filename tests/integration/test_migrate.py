@@ -436,6 +436,38 @@ def test_a_foreign_table_behind_a_source_is_refused(postgres_server: postgres.Se
     assert nothing_was_made(db)
 
 
+@pytest.mark.parametrize("key", [("id",), ("n", "id")])
+def test_keys_without_an_order_are_refused(db: Database, key: Sequence[str]) -> None:
+    # Rows can be read by such a key, but no rescan could go through them.
+    db.execute("""create table t (id text, n int, a text collate "C", b text collate "POSIX")""")
+    mirror = rows_of("t", key=key)
+    for columns, words in {
+        "coalesce(a, b)": r"its keys cannot be put in order: could not determine which collation .* \(Use the COLLATE",
+        """coalesce(a collate "C", b collate "POSIX")""": "its query fails: collation mismatch",
+    }.items():
+        unordered = mirror.model_copy(update={"query": mirror.query.replace('"id"', f"{columns} as id")})
+        with pytest.raises(ConfigError, match=f'mirror "rows": {words}'):
+            db.migrate([unordered])
+    assert nothing_was_made(db)
+    ordered = mirror.model_copy(update={"query": mirror.query.replace('"id"', 'coalesce(a, b) collate "C" as id')})
+    db.migrate([ordered])
+
+
+def test_no_row_is_read_to_see_if_keys_have_an_order(db: Database) -> None:
+    db.execute(
+        f"{T}; insert into t values ('1'); create function f(text) returns text language plpgsql"
+        " as $$ begin raise 'a row was read'; end $$"
+    )
+    for query in (
+        "select f(id) as id from t",
+        "select f(id) as id from t limit 1",
+        "with r as materialized (select f(id) as id from t) select id from r",
+        "select f(id) as id from t group by f(id)",
+    ):
+        rows = rows_of("t")
+        db.migrate([rows.model_copy(update={"query": rows.query.replace("from t", f"from ({query}) as inner_q")})])
+
+
 def test_a_domain_gives_a_key_like_its_type(db: Database) -> None:
     db.execute("create domain filled as text check (value <> ''); create domain user_id as filled")
     db.execute("create table t (id user_id primary key)")
