@@ -24,7 +24,7 @@ from cdc_worker.catalog import check
 from cdc_worker.database import Database
 from cdc_worker.errors import CdcError, ConfigError, SchemaError
 from cdc_worker.locks import when_free
-from cdc_worker.logs import configure_logs
+from cdc_worker.logs import LogGone, configure_logs
 from cdc_worker.migrate import migrate as bring_up_to_date
 from cdc_worker.mirrors import Mirror, load_mirrors
 from cdc_worker.outbox import ring
@@ -71,7 +71,10 @@ def run() -> None:
     exits at once; what was under way is delivered again by the next start.
     """
     settings, mirrors = _start()
-    asyncio.run(_run(Worker(settings, mirrors)))
+    try:
+        asyncio.run(_run(Worker(settings, mirrors)))
+    except* LogGone:
+        os._exit(1)  # Python's own end would try to say it
 
 
 async def _run(worker: Worker) -> None:

@@ -1,6 +1,7 @@
 """What the database says to a mirror: does its query run, has it the columns, do the tables give its key?
 
-`check` is asked by `migrate`, before it changes anything, and by `run`, at the start of each session.
+`check` is asked by `migrate`, before it changes anything, and by `run`, at the start of each session; `check_owners`
+by `migrate` alone.
 """
 
 from collections.abc import Sequence
@@ -63,6 +64,20 @@ left join (pg_trigger t join pg_proc p on p.oid = t.tgfoid and p.pronamespace = 
 group by family.oid having count(*) filter (where t.tgenabled = 'A') < 4
 order by 1
 """
+# TRIGGER would do for `create trigger`, but `enable always` wants the owner, or a member of that role. Tables that have
+# all of their triggers are left as they are.
+_NOT_OURS = """
+with recursive family (oid) as (
+    select $1::oid union select i.inhrelid from pg_inherits i join family on i.inhparent = family.oid
+)
+select c.oid::regclass::text, quote_ident(pg_get_userbyid(c.relowner)), quote_ident(current_user)
+from family join pg_class c using (oid)
+where c.relkind in ('r', 'p') and not pg_has_role(c.relowner, 'usage') and 4 > (
+    select count(*) from pg_trigger t join pg_proc p on p.oid = t.tgfoid
+    where t.tgrelid = c.oid and t.tgenabled = 'A' and p.pronamespace = to_regnamespace('cdc')
+)
+order by oid <> $1, 1
+"""
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index"}
 
 
@@ -93,7 +108,22 @@ async def check(connection: Connection, mirror: Mirror) -> Plan:
     key_types = tuple(_KEY_TYPES[types[name]] for name in mirror.key)
     for source in mirror.sources:
         await _check_source(connection, mirror, source, key_types)
-    return make_plan(mirror, key_types, frozenset(types))
+    plan = make_plan(mirror, key_types, frozenset(types))
+    await _try_order(connection, plan)
+    return plan
+
+
+async def check_owners(connection: Connection, mirror: Mirror) -> None:
+    """Raises ConfigError if the mirror's tables need triggers, and this role may not bring them."""
+    for source in mirror.sources:
+        oid, _, _ = await find_table(connection, mirror, source)
+        for table, owner, role in await fetch(connection, _NOT_OURS, oid):
+            raise _wrong(
+                mirror,
+                f"table {table} belongs to the role {owner}, and only its owner may bring its triggers: run migrate as"
+                f" {owner} or a member of that role (`grant {owner} to {role}`), or"
+                f" `alter table {table} owner to {role}`",
+            )
 
 
 def _wrong(mirror: Mirror, what: str) -> ConfigError:
@@ -114,13 +144,28 @@ async def _describe(connection: Connection, mirror: Mirror) -> dict[str, int]:
     except psycopg.Error as error:
         if is_gone(error) or isinstance(error, LOCKED):
             raise
-        hint = error.diag.message_hint
-        raise _wrong(mirror, f"its query fails: {first_lines(error)}{f' ({hint})' if hint else ''}") from None
+        raise _wrong(mirror, f"its query fails: {_with_hint(error)}") from None
     names = [column.name for column in description]
     doubled = {name for name in names if names.count(name) > 1}
     if doubled:
         raise _wrong(mirror, f"its query has two columns called {', '.join(sorted(doubled))}")
     return {column.name: column.type_code for column in description}
+
+
+async def _try_order(connection: Connection, plan: Plan) -> None:
+    """Rescans go by it. Postgres finds out only when it runs: columns of two collations give a key of none."""
+    try:
+        async with connection.transaction():
+            await connection.execute(plan.no_keys)
+    except psycopg.Error as error:
+        if is_gone(error) or isinstance(error, LOCKED):
+            raise
+        raise _wrong(plan.mirror, f"its keys cannot be put in order: {_with_hint(error)}") from None
+
+
+def _with_hint(error: psycopg.Error) -> str:
+    hint = error.diag.message_hint
+    return f"{first_lines(error)}{f' ({hint})' if hint else ''}"
 
 
 async def find_table(connection: Connection, mirror: Mirror, source: Source) -> tuple[int, str, str]:

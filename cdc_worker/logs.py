@@ -7,6 +7,23 @@ from typing import Literal
 import structlog
 
 
+class LogGone(Exception):
+    """Nobody takes the log. Reaction: none, so that the worker ends, and the platform starts it anew.
+
+    An OSError would pass for a database that is away, which is waited out; and mostly in silence.
+    """
+
+
+class _Logger(structlog.PrintLogger):
+    def msg(self, message: str) -> None:
+        try:
+            super().msg(message)
+        except OSError as error:
+            raise LogGone(str(error)) from error
+
+    debug = info = warning = error = critical = msg
+
+
 def _event_first(_: object, __: str, fields: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """When, how grave, what; then the values."""
     first = ("timestamp", "level", "event")
@@ -20,6 +37,7 @@ def configure_logs(level: str, form: Literal["console", "json"] | None) -> None:
     # What the libraries have to say, we say ourselves, once: the pool alone writes a line for each failed attempt.
     logging.basicConfig(level=logging.CRITICAL)
     logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # it sets a level of its own
+    stream = sys.stderr
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer(pad_event_to=24, colors=sys.stderr.isatty())
         if console
@@ -33,6 +51,6 @@ def configure_logs(level: str, form: Literal["console", "json"] | None) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: _Logger(stream),
         cache_logger_on_first_use=False,
     )

@@ -27,7 +27,7 @@ from cdc_worker.capture import (
     shared_function_name,
     trigger_name,
 )
-from cdc_worker.catalog import check, find_table
+from cdc_worker.catalog import check, check_owners, find_table
 from cdc_worker.database import Connection, begin, connect, fetch
 from cdc_worker.errors import READ_ONLY, ConfigError, SchemaError
 from cdc_worker.locks import when_free
@@ -84,7 +84,9 @@ _PUBLICATIONS = "select pubname from pg_publication where puballtables order by 
 _NOTE = "insert into cdc.migration (number, name, checksum) values ($1, $2, $3)"
 _REGISTER = "insert into cdc.mirror (name, definition) values ($1, '') on conflict (name) do nothing"
 _REGISTERED = "select id, name, definition from cdc.mirror"
-_CONFIGURE = "update cdc.mirror set definition = $2, configured = true where id = $1"
+_CONFIGURE = "update cdc.mirror set definition = $2, target = $3, configured = true where id = $1"
+# Also of a schema cdc from before there was such a column, and of one that is not the worker's.
+_TARGETS = "select to_jsonb(m) ->> 'name', to_jsonb(m) ->> 'target' from cdc.mirror m"
 # One that comes back later is new: what changed meanwhile was captured by nobody.
 _RETIRE = "update cdc.mirror set configured = false, definition = '' where id = $1 and configured returning name"
 _UNCAPTURED = "a source had no triggers"
@@ -133,8 +135,9 @@ def load_migrations() -> list[Migration]:
 async def migrate(dsn: str, mirrors: Sequence[Mirror], *, shards: int = 1) -> None:
     """Brings the schema cdc, the shards and all triggers up to date.
 
-    Raises ConfigError, before anything is changed, if a mirror does not fit the database, and SchemaError if
-    the database cannot be migrated (a standby, a changed migration, no right to create, a lock of somebody else).
+    Raises ConfigError, before anything is changed, if a mirror does not fit the database, or what it was before, and
+    SchemaError if the database cannot be migrated (a standby, a changed migration, no right to create, a lock of
+    somebody else).
     """
     async with await connect(dsn) as connection, await connect(dsn) as guard:
         await _when_free(connection, "the mirrors' tables", lambda: _check_all(connection, mirrors))
@@ -142,6 +145,7 @@ async def migrate(dsn: str, mirrors: Sequence[Mirror], *, shards: int = 1) -> No
         await guard.execute(f"set local lock_timeout = {int(_LOCK_SECONDS * 1000)}")
         await guard.execute(_LOCK)
         try:
+            await _when_free(connection, "the mirrors", lambda: _check_targets(connection, mirrors))
             await _between_writers(connection, "the log", lambda: _apply(connection))
             await _when_free(connection, "the shards", lambda: divide(connection, shards))
             ids = await _when_free(connection, "the mirrors", lambda: _register(connection, mirrors))
@@ -187,8 +191,25 @@ async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
     for mirror in mirrors:
         try:
             await check(connection, mirror)
+            await check_owners(connection, mirror)
         except ConfigError as error:
             problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+async def _check_targets(connection: Connection, mirrors: Sequence[Mirror]) -> None:
+    """Of a mirror that was taken out, too: its documents stayed."""
+    if not (await fetch(connection, "select to_regclass('cdc.mirror') is not null"))[0][0]:
+        return
+    targets: dict[str, str | None] = dict(await fetch(connection, _TARGETS))
+    problems = [
+        f'mirror "{mirror.name}": its target was "{before}", and documents of that kind would stay in Convex for ever:'
+        f' give what is to be "{mirror.target}" another name; how to remove the documents of "{mirror.name}":'
+        " docs/operating.md, Mirrors come and go"
+        for mirror in mirrors
+        if (before := targets.get(mirror.name)) not in {None, mirror.target}
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -365,7 +386,7 @@ async def _finish(connection: Connection, mirrors: Sequence[Mirror], uncaptured:
     registered = {name: (number, definition) for number, name, definition in await fetch(connection, _REGISTERED)}
     for mirror in mirrors:
         number, definition = registered.pop(mirror.name)
-        await connection.execute(_CONFIGURE, (number, mirror.definition))
+        await connection.execute(_CONFIGURE, (number, mirror.definition, mirror.target))
         if definition != mirror.definition or number in uncaptured:
             reason = (
                 "new mirror"

@@ -28,7 +28,7 @@ select m, k, c, r from held cross join unnest($3::int2[], $4::text[], $5::text[]
 on conflict (mirror, cdc.digest(key)) do update set
     class = excluded.class, reason = excluded.reason,
     attempts = cdc.parked_key.attempts + 1, last_at = clock_timestamp()
-returning xmax = 0  -- it was not there before
+returning mirror, (select name from cdc.mirror m where m.id = parked_key.mirror), xmax = 0  -- it was not there before
 """
 _SETTLE = """
 with held as (select from cdc.checkpoint where shard = $1 and token = $2 for share)
@@ -74,6 +74,7 @@ select count(*) from gone
 _REASONS_SAID = 5
 # Keys that come one after the other for one cause are said so seldom: those of a broken mirror, which has been said
 # itself (`mirror.broken`), and those that Convex refuses, each by itself: its functions may refuse every key there is.
+_SAID_SELDOM = {"mirror", "refused"}
 _REMINDER_SECONDS = 60.0
 
 
@@ -88,9 +89,9 @@ class Parking:
         self._shard = shard
         self._lease = (shard.name, token)
         self.count = 0
-        # Of a broken mirror, or of all that Convex refuses (a reason is worded anew, or names its request):
-        # when some keys were said last (monotonic), and how many have come since.
-        self._seldom_said: dict[object, tuple[float, int]] = {}
+        # By mirror and kind (a reason is worded anew, or names its request): when some keys were said last (monotonic),
+        # and how many have come since.
+        self._seldom_said: dict[tuple[str, str], tuple[float, int]] = {}
 
     async def load(self) -> None:
         ((self.count,),) = await self._database.execute(_COUNT)
@@ -123,17 +124,24 @@ class Parking:
         parked = await self._database.execute(_PARK, *self._lease, mirrors, keys, classes, texts)
         if not parked:
             raise Fenced(f"shard {self._shard} has another reader now")
-        self.count += sum(new for (new,) in parked)
-        each = Counter(
-            (kind, reason, {"mirror": mirror, "refused": "refused"}.get(kind))
-            for (mirror, _), (kind, reason) in reasons.items()
-        ).most_common()
-        for (kind, reason, seldom), keys_hit in each[:_REASONS_SAID]:
-            if to_say := keys_hit if seldom is None else self._unsaid(seldom, keys_hit):
-                log.error("key.parked", kind=kind, reason=reason, keys=to_say, parked_keys=self.count, cure=_CURE)
+        names: dict[int, str] = {mirror: name for mirror, name, _ in parked}
+        self.count += sum(new for _, _, new in parked)
+        each = Counter((names[mirror], *problem) for (mirror, _), problem in reasons.items()).most_common()
+        for (name, kind, reason), keys_hit in each[:_REASONS_SAID]:
+            if to_say := self._unsaid((name, kind), keys_hit) if kind in _SAID_SELDOM else keys_hit:
+                log.error(
+                    "key.parked",
+                    mirror=name,
+                    kind=kind,
+                    reason=reason,
+                    keys=to_say,
+                    parked_keys=self.count,
+                    cure=_CURE,
+                )
         if others := each[_REASONS_SAID:]:
             log.error(
                 "key.parked",
+                mirrors=sorted({name for (name, _, _), _ in others}),
                 kind="several",
                 reason=f"{len(others)} reasons more",
                 keys=sum(keys_hit for _, keys_hit in others),
@@ -141,7 +149,7 @@ class Parking:
                 cure=_CURE,
             )
 
-    def _unsaid(self, cause: object, keys: int) -> int:
+    def _unsaid(self, cause: tuple[str, str], keys: int) -> int:
         """How many keys are to be said now, with those that have not been; 0 if it is too soon."""
         said, before = self._seldom_said.get(cause, (-math.inf, 0))
         now = time.monotonic()

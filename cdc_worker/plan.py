@@ -63,6 +63,12 @@ _NEXT_KEYS: Final = (
     "select distinct on ({keys}) {texts} from ({query}\n) as q where {present} and ({keys}) > ({after})"
     " order by {keys} limit $1"
 )
+# No row passes what the planner cannot know to be false, so none is read; but the sort begins, which `limit 0` would
+# keep from it. The pages behind the first are in the same order.
+_NO_KEYS: Final = (
+    "select distinct on ({keys}) {texts} from ({query}\n) as q where {present} and pg_backend_pid() = 0"
+    " order by {keys} limit 1"
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,8 @@ class Plan:
     # $1: how many keys; $2..: the last key's parts, as texts.
     first_keys: LiteralString
     next_keys: LiteralString
+    # Reads nothing, and fails where the keys have no order.
+    no_keys: LiteralString
 
 
 def make_plan(mirror: Mirror, key_types: tuple[LiteralString, ...], columns: frozenset[str]) -> Plan:
@@ -111,6 +119,7 @@ def make_plan(mirror: Mirror, key_types: tuple[LiteralString, ...], columns: fro
         .as_string(),
         first_keys=sql.SQL(_FIRST_KEYS).format(**in_order).as_string(),
         next_keys=sql.SQL(_NEXT_KEYS).format(**in_order).as_string(),
+        no_keys=sql.SQL(_NO_KEYS).format(**in_order).as_string(),
     )
 
 

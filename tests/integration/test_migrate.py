@@ -249,6 +249,45 @@ def test_a_mirror_that_comes_back_is_scanned_anew(db: Database) -> None:
     assert db.execute("select phase from cdc.backfill") == [("rows",)]
 
 
+TARGETS = {
+    "activity": rows_of("t"),
+    "status": Mirror(
+        name="rows",
+        target="status",
+        key=("user_id",),
+        query="select id as user_id from t",
+        sources=(Source(table="t", key=("id",)),),
+    ),
+}
+
+
+@pytest.mark.parametrize("meanwhile", ["at work", "taken out"])
+@pytest.mark.parametrize(("before", "after"), [("activity", "status"), ("status", "activity")])
+def test_another_target_under_the_same_name_is_refused_before_anything_is_changed(
+    db: Database, before: str, after: str, meanwhile: str
+) -> None:
+    # A rescan looks at documents of one kind: those of the other would stay for ever.
+    db.execute(T)
+    db.migrate([TARGETS[before]])
+    if meanwhile == "taken out":
+        db.migrate([])
+    was = everything(db)
+    with pytest.raises(ConfigError, match=f'mirror "rows": its target was "{before}".*another name'):
+        db.migrate([TARGETS[after]])
+    assert everything(db) == was
+    db.migrate([TARGETS[before]])
+    db.migrate([TARGETS[after].model_copy(update={"name": "others"})])
+
+
+def test_the_target_of_a_mirror_from_before_is_filled_in_without_a_rescan(db: Database) -> None:
+    db.execute(T)
+    db.migrate([TARGETS["activity"]])
+    db.execute("delete from cdc.migration where number >= 10; alter table cdc.mirror drop column target")
+    db.execute("update cdc.backfill set phase = 'done'")
+    db.migrate([TARGETS["activity"]])
+    assert db.execute("select target, phase from cdc.mirror join cdc.backfill on mirror = id") == [("activity", "done")]
+
+
 def test_another_source_asks_for_a_rescan(db: Database) -> None:
     # Changes of the new source before this moment were captured by nobody.
     db.execute(TABLES)
@@ -397,6 +436,38 @@ def test_a_foreign_table_behind_a_source_is_refused(postgres_server: postgres.Se
     assert nothing_was_made(db)
 
 
+@pytest.mark.parametrize("key", [("id",), ("n", "id")])
+def test_keys_without_an_order_are_refused(db: Database, key: Sequence[str]) -> None:
+    # Rows can be read by such a key, but no rescan could go through them.
+    db.execute("""create table t (id text, n int, a text collate "C", b text collate "POSIX")""")
+    mirror = rows_of("t", key=key)
+    for columns, words in {
+        "coalesce(a, b)": r"its keys cannot be put in order: could not determine which collation .* \(Use the COLLATE",
+        """coalesce(a collate "C", b collate "POSIX")""": "its query fails: collation mismatch",
+    }.items():
+        unordered = mirror.model_copy(update={"query": mirror.query.replace('"id"', f"{columns} as id")})
+        with pytest.raises(ConfigError, match=f'mirror "rows": {words}'):
+            db.migrate([unordered])
+    assert nothing_was_made(db)
+    ordered = mirror.model_copy(update={"query": mirror.query.replace('"id"', 'coalesce(a, b) collate "C" as id')})
+    db.migrate([ordered])
+
+
+def test_no_row_is_read_to_see_if_keys_have_an_order(db: Database) -> None:
+    db.execute(
+        f"{T}; insert into t values ('1'); create function f(text) returns text language plpgsql"
+        " as $$ begin raise 'a row was read'; end $$"
+    )
+    for query in (
+        "select f(id) as id from t",
+        "select f(id) as id from t limit 1",
+        "with r as materialized (select f(id) as id from t) select id from r",
+        "select f(id) as id from t group by f(id)",
+    ):
+        rows = rows_of("t")
+        db.migrate([rows.model_copy(update={"query": rows.query.replace("from t", f"from ({query}) as inner_q")})])
+
+
 def test_a_domain_gives_a_key_like_its_type(db: Database) -> None:
     db.execute("create domain filled as text check (value <> ''); create domain user_id as filled")
     db.execute("create table t (id user_id primary key)")
@@ -439,18 +510,51 @@ def test_a_role_that_may_not_create_is_told_so(postgres_server: postgres.Server,
         superuser.execute("create table t (id text)")
         superuser.execute(f"alter database {name} owner to postgres")
         superuser.execute(f"revoke create on database {name} from application")
-        superuser.execute("grant select on t to application")
+        superuser.execute("alter table t owner to application")
     with pytest.raises(SchemaError, match=r"permission denied for database .*must be allowed to create a schema"):
         db.migrate([rows_of("t")])
     assert nothing_was_made(db)
 
 
-def test_a_table_of_somebody_else_is_told_so(postgres_server: postgres.Server, db: Database) -> None:
+@pytest.mark.parametrize("whose", ["table", "partition"])
+def test_a_table_of_somebody_else_is_refused_before_anything_is_changed(
+    postgres_server: postgres.Server, db: Database, whose: str
+) -> None:
+    # Whoever may create triggers may not yet have them fire always.
     with postgres_server.admin(db.dsn.rsplit("/", 1)[1]) as superuser:
-        superuser.execute("create table t (id text)")
-        superuser.execute("grant select on t to application")
-    with pytest.raises(SchemaError, match="must own the tables that are mirrored"):
+        superuser.execute(
+            "create table t (id text) partition by list (id); create table part partition of t default;"
+            " grant select, trigger on t, part to application"
+        )
+        if whose == "partition":
+            superuser.execute("alter table t owner to application")
+    table = "t" if whose == "table" else "part"
+    with pytest.raises(ConfigError, match=f'mirror "rows": table {table} belongs to the role postgres.*grant postgres'):
         db.migrate([rows_of("t")])
+    assert nothing_was_made(db)
+
+
+def test_a_member_of_the_role_that_owns_a_table_may_migrate(postgres_server: postgres.Server, db: Database) -> None:
+    role = f"owners_{db.dsn.rsplit('/', 1)[1]}"
+    with postgres_server.admin(db.dsn.rsplit("/", 1)[1]) as superuser:
+        superuser.execute(f"create role {role}; create table t (id text); alter table t owner to {role}")
+        superuser.execute(f"grant {role} to application")
+    try:
+        db.migrate([rows_of("t")])
+        assert captured_tables(db) == {"t"}
+    finally:
+        with postgres_server.admin(db.dsn.rsplit("/", 1)[1]) as superuser:
+            superuser.execute(f"reassign owned by {role} to application; drop role {role}")
+
+
+def test_a_table_that_has_its_triggers_may_go_to_somebody_else(postgres_server: postgres.Server, db: Database) -> None:
+    db.execute("create table t (id text)")
+    db.migrate([rows_of("t")])
+    with postgres_server.admin(db.dsn.rsplit("/", 1)[1]) as superuser:
+        superuser.execute("alter table t owner to postgres; grant select on t to application")
+    before = everything(db)
+    db.migrate([rows_of("t")])
+    assert everything(db) == before
 
 
 def test_a_schema_of_somebody_else_is_told_so(postgres_server: postgres.Server, db: Database) -> None:

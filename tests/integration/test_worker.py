@@ -734,7 +734,7 @@ async def test_a_row_that_breaks_the_query_is_parked_alone(
     async with work([POISON]) as running:
         await eventually(lambda: len(mirrored.activities(user)), 10)
         said = await running.said("key.parked")
-        assert (said["kind"], said["keys"]) == ("row", 1)
+        assert (said["mirror"], said["kind"], said["keys"]) == (POISON.name, "row", 1)
         assert "DivisionByZero" in said["reason"]
         assert "parked list" in said["cure"]
         assert db.execute("select key, class from cdc.parked_key") == [("0", "row")]
@@ -864,7 +864,7 @@ async def test_of_many_reasons_the_most_frequent_are_said(
         await eventually(lambda: len(mirrored.activities(user)), 1)
         await running.stop()
         said = [line for line in running.log.of("key.parked") if line["kind"] == "several"]
-        assert [(line["keys"], line["reason"]) for line in said] == [(2, "2 reasons more")]
+        assert [(line["keys"], line["reason"], line["mirrors"]) for line in said] == [(2, "2 reasons more", ["ratios"])]
         assert len(running.log.of("key.parked")) == 6
 
 

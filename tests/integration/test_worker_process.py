@@ -1,6 +1,7 @@
 """The command `run` in a process of its own: signals, exit codes, two workers, and what stands in the log."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -9,14 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 from dev import local_convex as convex
 from dev import postgres
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, rows_of, toml
-from tests.integration.mirrored import Mirrored, eventually
+from dev.link import link_to
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, rows_of, through, toml
+from tests.integration.mirrored import Mirrored, convex_at, eventually
 from tests.integration.running import Child, child, environment
 
 pytestmark = pytest.mark.one_postgres
@@ -100,6 +102,72 @@ def test_sigterm_ends_it_also_if_nobody_reads_its_log_any_more(
             worker.wait(10)
         finally:
             worker.kill()
+
+
+class Unread:
+    """A worker whose log is a pipe, which the test may close."""
+
+    def __init__(self, config: Path, env: dict[str, str]) -> None:
+        config.write_text(toml(MIRRORS))
+        argv = [sys.executable, "-m", "cdc_worker", "run"]
+        self.process = subprocess.Popen(argv, stderr=subprocess.PIPE, env=env, cwd=config.parent)
+        assert self.process.stderr is not None
+        self.stderr = self.process.stderr
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.stderr.close()
+
+    async def until_said(self, event: str) -> dict[str, Any]:
+        def read() -> dict[str, Any]:
+            for line in self.stderr:
+                said: dict[str, Any] = json.loads(line)
+                if said["event"] == event:
+                    return said
+            raise AssertionError(f"it ended, and never said {event}")
+
+        return await asyncio.to_thread(read)
+
+
+@pytest.mark.parametrize("state", ["session.open", "lease.standby", "convex.unreachable"])
+async def test_it_ends_with_the_first_line_that_nobody_takes(
+    db: Database, local_convex: convex.LocalConvex, config: Path, state: str
+) -> None:
+    """Also where it has just said that the database is away, so that what looks the same would not be said."""
+    port, convex_port = db.connection.info.port, postgres.free_port()
+    env = environment(db.dsn, local_convex, config)
+    async with link_to("127.0.0.1", port) as link:
+        behind = env | {"DATABASE_URL": through(link.port, db.dsn)}
+        behind |= {"CDC_HEARTBEAT_SECONDS": "300", "CDC_STALL_SECONDS": "600"}
+        if state == "convex.unreachable":
+            behind["CONVEX_URL"] = f"http://127.0.0.1:{convex_port}"
+        with contextlib.ExitStack() as running:
+            first = running.enter_context(Unread(config, env)) if state == "lease.standby" else None
+            if first is not None:
+                await first.until_said("session.open")
+            worker = running.enter_context(Unread(config, behind))
+            name = (await worker.until_said("worker.started"))["holder"]
+            await worker.until_said(state)
+            link.lead_to("127.0.0.1", postgres.free_port())
+            link.cut()
+            await worker.until_said("database.unreachable")
+            if state == "session.open":
+                worker.stderr.close()
+            looked = db.one("select expires_at from cdc.worker where name = %s", name)
+            link.lead_to("127.0.0.1", port)
+            if state != "session.open":
+                is_back = "select expires_at > %s from cdc.worker where name = %s"
+                await eventually(lambda: db.one(is_back, looked, name), expected=True)
+                worker.stderr.close()
+            if first is not None:
+                first.process.kill()
+            if state == "convex.unreachable":
+                running.enter_context(convex_at(convex_port, admin_key=local_convex.admin_key))
+            assert await asyncio.to_thread(worker.process.wait, 15) == 1
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
