@@ -45,6 +45,12 @@ class Registry:
         for mirror in self._config.values():
             if definitions.get(mirror.name) != mirror.definition:
                 raise SchemaError(f'mirror "{mirror.name}" is not as the database knows it: run `cdc-worker migrate`')
+        # Another worker's file, or an older one: the changes of such a mirror would be passed over, and lost to it.
+        for name in sorted(definitions.keys() - self._config.keys()):
+            raise SchemaError(
+                f'the database has mirror "{name}", and this worker\'s cdc_worker.toml lacks it: restart it with the'
+                " file that `cdc-worker migrate` had last, or run that with this one, which retires the mirror"
+            )
         for number, name, _, _ in known:
             self.states[number] = MirrorState(number, name, None, retired=name not in self._config)
         await self.mend()
