@@ -30,8 +30,9 @@ from cdc_worker.troubles import Troubles
 
 log = structlog.get_logger()
 
-# A session that lasted so long was well: what ended it is a new trouble. One that did not is the old one.
-_LASTING_SECONDS = 20.0
+# A session that lasted so long was well: what ended it is a new trouble. One that did not is the old one. If it were
+# longer, a link that is cut now and then (a firewall, a balancer) would get the pauses of one that hardly works.
+_LASTING_SECONDS = 5.0
 # A stop that finds no session open has nothing to drain; a statement on its way may still end.
 _CUT_SHORT_SECONDS = 2.0
 # While there may be a shard to take over, one look in so many seconds: how soon a dead worker is replaced.
@@ -165,16 +166,16 @@ class Shards:
                 await self._end(shard, reading)
 
     async def _end(self, shard: Shard, reading: _Reading) -> None:
+        opened_at = reading.session.opened_at
+        if opened_at is not None and time.monotonic() - opened_at > _LASTING_SECONDS:
+            self._troubles.over(opened_at)
         pause = await self._outcome(reading.task)
         self._rests_until[shard] = time.monotonic() + pause
-        opened_at = reading.session.opened_at
         if opened_at is None:
             self._retried.add(shard)
         else:
             self._retried.discard(shard)
             self._known[shard] = reading.session.known
-            if time.monotonic() - opened_at > _LASTING_SECONDS:
-                self._troubles.over()
 
     async def _outcome(self, work: Awaitable[object]) -> float:
         """Awaits it, and says what went wrong; the pause in seconds that is due then, 0 if nothing did."""
