@@ -53,6 +53,7 @@ app = typer.Typer(
 log = structlog.get_logger()
 T = TypeVar("T")
 _EXIT_CONFIG = 2
+_LOOKUP_SECONDS = 1.0
 
 
 def _start() -> tuple[Settings, tuple[Mirror, ...]]:
@@ -100,6 +101,11 @@ async def _run(worker: Worker) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)
+    # Python does not end while a thread still looks up a name, which may take longer than the platform waits.
+    ending = asyncio.create_task(loop.shutdown_default_executor())
+    await asyncio.wait({ending}, timeout=_LOOKUP_SECONDS)
+    if not ending.done():
+        os._exit(0)
 
 
 @app.command()

@@ -23,14 +23,16 @@ from cdc_worker.liveness import Liveness
 
 Row = tuple[Any, ...]
 
-# For a connection, a new one or one of the pool's.
+# For a connection of the pool's, a new one or one that others are done with.
 _CONNECT_SECONDS = 10
+# For each address of the host: one that is dead, before one that is well, must leave time for that.
+_ADDRESS_SECONDS = 5
 # What the connection string says goes before these. A dead peer is noticed within about 30 s even without a statement.
 _DEFAULTS = {
     "application_name": "cdc_worker",
     # Whatever the role is set to: a key that another one lacks a character for could not be read.
     "client_encoding": "UTF8",
-    "connect_timeout": str(_CONNECT_SECONDS),
+    "connect_timeout": str(_ADDRESS_SECONDS),
     "keepalives_idle": "10",
     "keepalives_interval": "5",
     "keepalives_count": "3",

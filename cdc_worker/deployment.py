@@ -119,6 +119,15 @@ def _why(error: BaseException) -> str:
         return "no answer in time"
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return "the host of CONVEX_URL is not found"
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        # OpenSSL's own words, such as "certificate has expired".
+        said = getattr(error.certificate_error, "verify_message", "")
+        return (
+            f"the certificate of CONVEX_URL's host is not accepted ({said}): is there a proxy in front of it, or does"
+            " this machine lack the certificates of authorities?"
+        )
+    if isinstance(error, aiohttp.ClientSSLError):
+        return "the host of CONVEX_URL does not speak TLS as it should: is there a proxy in front of it?"
     if isinstance(error, aiohttp.ClientConnectorError):
         return "no connection"
     return f"the connection broke ({type(error).__name__})"

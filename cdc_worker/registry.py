@@ -1,6 +1,6 @@
 """The mirrors at work: cdc_worker.toml as the database knows it, each with a plan or with what is wrong with it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import psycopg
@@ -51,21 +51,8 @@ class Registry:
         self.states: dict[int, MirrorState] = {}
 
     async def load(self) -> None:
-        """Reads what `migrate` noted. Raises SchemaError if it has not run, or not with this configuration."""
-        try:
-            ((version,),) = await self._database.execute(_VERSION)
-            known = await self._database.execute(_MIRRORS)
-        except psycopg.errors.UndefinedTable:
-            raise SchemaError("this database has no schema cdc: run `cdc-worker migrate`") from None
-        if version != load_migrations()[-1].number:
-            raise SchemaError(
-                f"the database has migration {version}: run `cdc-worker migrate` of this worker's version"
-            )
-        definitions = {name: definition for _, name, definition, configured in known if configured}
-        for mirror in self._config.values():
-            if definitions.get(mirror.name) != mirror.definition:
-                raise SchemaError(f'mirror "{mirror.name}" is not as the database knows it: run `cdc-worker migrate`')
-        for number, name, _, _ in known:
+        """Reads what `migrate` noted. Raises SchemaError as `known_mirrors` does."""
+        for number, name in await known_mirrors(self._database, self._config.values()):
             self.states[number] = MirrorState(number, name, None, retired=name not in self._config)
         await self.mend()
 
@@ -125,3 +112,28 @@ class Registry:
                 raise
             if await is_of_the_query(error, connection, plan, [key]):
                 raise ConfigError(cause(error)) from None
+
+
+async def known_mirrors(database: Database, config: Collection[Mirror]) -> list[tuple[int, str]]:
+    """The number and the name of each mirror that `migrate` ever noted.
+
+    Raises SchemaError if it has not run, or not with this configuration.
+    """
+    try:
+        ((version,),) = await database.execute(_VERSION)
+        known = await database.execute(_MIRRORS)
+    except psycopg.errors.UndefinedTable:
+        raise SchemaError("this database has no schema cdc: run `cdc-worker migrate`") from None
+    if version != load_migrations()[-1].number:
+        raise SchemaError(f"the database has migration {version}: run `cdc-worker migrate` of this worker's version")
+    definitions = {name: definition for _, name, definition, configured in known if configured}
+    for mirror in config:
+        if definitions.pop(mirror.name, None) != mirror.definition:
+            raise SchemaError(f'mirror "{mirror.name}" is not as the database knows it: run `cdc-worker migrate`')
+    # Another worker's file, or an older one: the changes of such a mirror would be passed over, and lost to it.
+    for name in sorted(definitions):
+        raise SchemaError(
+            f'the database has mirror "{name}", and this worker\'s cdc_worker.toml lacks it: restart it with the'
+            " file that `cdc-worker migrate` had last, or run that with this one, which retires the mirror"
+        )
+    return [(number, name) for number, name, _, _ in known]

@@ -24,6 +24,7 @@ from cdc_worker.opening import Known
 from cdc_worker.outage import Outage
 from cdc_worker.outbox import Shard
 from cdc_worker.postgres_errors import cause
+from cdc_worker.registry import known_mirrors
 from cdc_worker.sender import Tally
 from cdc_worker.session import Session
 from cdc_worker.settings import Settings
@@ -31,8 +32,9 @@ from cdc_worker.troubles import Troubles
 
 log = structlog.get_logger()
 
-# A session that lasted so long was well: what ended it is a new trouble. One that did not is the old one.
-_LASTING_SECONDS = 20.0
+# A session that lasted so long was well: what ended it is a new trouble. One that did not is the old one. If it were
+# longer, a link that is cut now and then (a firewall, a balancer) would get the pauses of one that hardly works.
+_LASTING_SECONDS = 5.0
 # A stop that finds no session open has nothing to drain; a statement on its way may still end.
 _CUT_SHORT_SECONDS = 2.0
 # While there may be a shard to take over, one look in so many seconds: how soon a dead worker is replaced.
@@ -110,6 +112,8 @@ class Shards:
         self._said_standby = False
         # The database is out of reach, or has not been asked yet.
         self._unreachable = True
+        # It is not as this worker needs it, or has not been asked.
+        self._not_ready = True
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Until it is told to stop; then until what is under way is drained."""
@@ -166,16 +170,16 @@ class Shards:
                 await self._end(shard, reading)
 
     async def _end(self, shard: Shard, reading: _Reading) -> None:
+        opened_at = reading.session.opened_at
+        if opened_at is not None and time.monotonic() - opened_at > _LASTING_SECONDS:
+            self._troubles.over(opened_at)
         pause = await self._outcome(reading.task)
         self._rests_until[shard] = time.monotonic() + pause
-        opened_at = reading.session.opened_at
         if opened_at is None:
             self._retried.add(shard)
         else:
             self._retried.discard(shard)
             self._known[shard] = reading.session.known
-            if time.monotonic() - opened_at > _LASTING_SECONDS:
-                self._troubles.over()
 
     async def _outcome(self, work: Awaitable[object]) -> float:
         """Awaits it, and says what went wrong; the pause in seconds that is due then, 0 if nothing did."""
@@ -186,6 +190,7 @@ class Shards:
             log.warning("session.fenced", cause=_cause(group), cure="asking for the lease again")
             pause = random.uniform(0.1, 1.0)  # noqa: S311  # spreads tries, hides nothing
         except* (SchemaError, ConfigError) as group:
+            self._not_ready = True
             pause = self._troubles.note("database.not_ready", _cause(group))
         except* GONE as group:
             self._unreachable = True
@@ -208,6 +213,8 @@ class Shards:
         if self._unreachable and not self._readings:
             await self._database.reopen()
             self._unreachable = False
+        if self._not_ready and not self._readings:
+            await self._make_ready()
         standing = await self._renew()
         fair = fair_part(self._name, standing.parts, self._settings.shards)
         for reading in list(self._readings.values())[fair:]:
@@ -222,6 +229,17 @@ class Shards:
             shard, holder, seconds = standing.elsewhere
             log.info("lease.standby", shard=str(shard), holder=holder, expires_in_seconds=round(seconds, 1))
             self._said_standby = True
+
+    async def _make_ready(self) -> None:
+        """Raises SchemaError if it could read nothing. Others do not reckon with it then, and leave no shard to it."""
+        try:
+            await known_mirrors(self._database, self._mirrors)
+        except SchemaError:
+            # What is too old, or a standby, does not reckon with this worker.
+            with contextlib.suppress(psycopg.ProgrammingError, psycopg.errors.ReadOnlySqlTransaction):
+                await self._allotment.leave()
+            raise
+        self._not_ready = False
 
     async def _take(self, shard: Shard) -> None:
         held = await self._allotment.acquire(shard)

@@ -44,6 +44,8 @@ class Troubles:
             log.info("database.recovered", tries=self._tries, after_seconds=round(time.monotonic() - self._since, 1))
             self._said.clear()
 
-    def over(self) -> None:
-        self._said.clear()
-        self._tries = 0
+    def over(self, before: float) -> None:
+        """What began before that time (monotonic) is over; nothing, if it is another shard's end of just now."""
+        if self._since < before:
+            self._said.clear()
+            self._tries = 0

@@ -145,3 +145,14 @@ async def test_a_transaction_that_was_idle_too_long_is_the_database_s_error(pool
     with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout) as said:
         await idle()
     assert is_gone(said.value)
+
+
+async def test_a_host_whose_first_address_is_dead_is_reached_at_the_next(database: str, link: Link) -> None:
+    """As of a name with several addresses; the dead one is silent, and each connection of the pool begins with it."""
+    link.deaf()
+    to = conninfo_to_dict(database)
+    hosts = f"127.0.0.1:{link.port},{to['host']}:{to['port']}"
+    async with Database(
+        f"postgresql://{to['user']}:{to['password']}@{hosts}/{to['dbname']}", statement_seconds=5
+    ) as opened:
+        assert await opened.execute("select 1") == [(1,)]

@@ -103,3 +103,19 @@ async def test_a_mirror_that_the_old_worker_does_not_know_is_truncated(
     db.execute("insert into other values ('1')")
     async with work([old, new]):
         await eventually(lambda: mirrored.keys(new.name), ["1"])
+
+
+async def test_a_worker_without_a_mirror_of_the_database_passes_over_none_of_its_changes(
+    db: Database, work: Work, mirrored: Mirrored, old: Mirror, user: str
+) -> None:
+    """The old worker takes over once more when the new mirror has been filled; or two workers have two files."""
+    db.execute("create table other (id text primary key)")
+    new = rows_of("other", name=f"others-{user}")
+    await asyncio.to_thread(db.migrate, [old, new])
+    async with work([old, new]) as running:
+        await running.said("backfill.done", times=2)
+    db.execute("insert into other values ('1')")
+    async with work([old]) as running:
+        assert new.name in (await running.said("database.not_ready"))["cause"]
+    async with work([old, new]):
+        await eventually(lambda: mirrored.keys(new.name), ["1"])

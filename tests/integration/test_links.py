@@ -3,13 +3,14 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from cdc_worker import database as worker_database
-from cdc_worker import listener, reader, session
+from cdc_worker import listener, reader, session, shards
 from cdc_worker.mirrors import Mirror
 from cdc_worker.settings import Settings
 from dev import local_convex as convex
@@ -300,3 +301,22 @@ async def test_a_convex_that_takes_connections_and_never_answers(  # noqa: PLR09
         await running.stop()
         assert time.monotonic() - started < 2
     assert db.one("select holder is null from cdc.checkpoint") is True
+
+
+@pytest.mark.parametrize("lasted", [10.0, 60.0])
+async def test_a_link_that_is_cut_now_and_then_costs_no_long_pauses(  # noqa: PLR0917  # fixtures
+    link: Link,
+    db: Database,
+    mirrors: Sequence[Mirror],
+    local_convex: convex.LocalConvex,
+    monkeypatch: pytest.MonkeyPatch,
+    lasted: float,
+) -> None:
+    """A firewall that ends connections now and then: each session was well, and Postgres is there at once."""
+    async with worker_at_work(settings_over(link, db, local_convex), mirrors) as running:
+        for cuts in range(1, 4):
+            await running.said("session.open", times=cuts)
+            monkeypatch.setattr(shards, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + lasted))
+            link.cut()
+            assert (await running.said("database.recovered", times=cuts))["tries"] == 1
+            monkeypatch.setattr(shards, "time", time)

@@ -221,3 +221,29 @@ def test_several_dynos_of_one_procfile(
     assert text.count('"event": "worker.stopped"') == 3, text
     assert held(db) == 0
     assert db.one("select count(*) from cdc.worker") == 0
+
+
+def test_no_shard_is_left_to_a_worker_that_is_not_ready(
+    db: Database, workers: Workers, mirrored: Mirrored, config: Path
+) -> None:
+    """A deploy's old worker, or one with another file: it lives, and reads nothing."""
+    db.migrate(MIRRORS, shards=4)
+    other = config.with_name("other.toml")
+    other.write_text(toml(MIRRORS[:1]))
+    unready = workers.start(CDC_CONFIG=other)
+    unready.said("database.not_ready")
+    workers.start().said("session.open", times=4)
+    write(db, "note ")
+    until(lambda: mirrored.descriptions("someone"), notes("note "))
+    # One that was at work with the old file, too, once its sessions have ended.
+    unready.term()
+    other.write_text(toml(MIRRORS))
+    old = workers.start(CDC_CONFIG=other)
+    old.said("session.open", times=2)
+    db.migrate(MIRRORS[:1], shards=4)
+    config.write_text(toml(MIRRORS[:1]))
+    new = workers.start()
+    workers.all[1].term()
+    db.execute("select pg_terminate_backend(holder_pid) from cdc.checkpoint")
+    old.said("database.not_ready")
+    new.said("session.open", times=4)

@@ -373,12 +373,25 @@ async def test_a_mirror_that_is_not_migrated_is_waited_for(
     async with work([changed, STATUS]) as running:
         said = await running.said("database.not_ready")
         assert f'mirror "{mirrors[0].name}" is not as the database knows it' in said["cause"]
+        await asyncio.sleep(0.5)
+        assert running.log.of("lease.acquired") == [], "it could do nothing with it, and others might"
+        await asyncio.to_thread(db.migrate, [changed, STATUS])
+        await eventually(lambda: mirrored.descriptions(user), ["Another text"])
+
+
+async def test_a_lease_whose_session_does_not_open_is_said_once(
+    db: Database, work: Work, mirrored: Mirrored, user: str
+) -> None:
+    check_in(db, user, "1")
+    db.execute("alter table cdc.parked_key rename to elsewhere")
+    async with work() as running:
+        await running.said("database.refuses")
         tries = db.one("select token from cdc.checkpoint")
         await eventually(lambda: db.one("select token from cdc.checkpoint") > tries + 1, expected=True)
         levels = [line["level"] for line in running.log.of("lease.acquired")]
         assert levels.count("info") == 1, "said when it begins, not at every try"
-        await asyncio.to_thread(db.migrate, [changed, STATUS])
-        await eventually(lambda: mirrored.descriptions(user), ["Another text"])
+        db.execute("alter table cdc.elsewhere rename to parked_key")
+        await eventually(lambda: mirrored.descriptions(user), ["Checked in"])
 
 
 async def test_through_a_pooler_it_polls(  # noqa: PLR0917  # fixtures

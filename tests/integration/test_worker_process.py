@@ -170,6 +170,34 @@ async def test_it_ends_with_the_first_line_that_nobody_takes(
             assert await asyncio.to_thread(worker.process.wait, 15) == 1
 
 
+@pytest.mark.parametrize("host_of", ["Postgres", "Convex"])
+def test_sigterm_ends_it_while_a_name_is_looked_up(
+    db: Database, local_convex: convex.LocalConvex, config: Path, host_of: str
+) -> None:
+    """A resolver that does not answer is asked in a thread, which nothing can end."""
+    slow = """
+import socket, time
+look_up = socket.getaddrinfo
+def slowly(host, *args, **kwargs):
+    if host in ("slow.test", b"slow.test"):
+        time.sleep(60)
+    return look_up(host, *args, **kwargs)
+socket.getaddrinfo = slowly
+from cdc_worker.__main__ import app
+app()
+"""
+    env = environment(db.dsn, local_convex, config)
+    env |= {"DATABASE_URL": "postgresql://slow.test/x"} if host_of == "Postgres" else {"CONVEX_URL": "http://slow.test"}
+    with child(config.parent, env, mirrors=MIRRORS, program=("-c", slow)) as worker:
+        worker.said("worker.started" if host_of == "Postgres" else "convex.unreachable")
+        time.sleep(0.5)
+        started = time.monotonic()
+        worker.term()
+        assert worker.process.wait(20) == 0
+        assert time.monotonic() - started < 10
+        assert worker.lines[-1]["event"] == "worker.stopped"
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_second_worker_stands_by_and_takes_over(  # noqa: PLR0917  # fixtures
     db: Database, local_convex: convex.LocalConvex, mirrored: Mirrored, config: Path, user: str, how: signal.Signals

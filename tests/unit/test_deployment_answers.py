@@ -2,13 +2,15 @@
 
 import json
 import math
+import ssl
 from typing import Any
 
+import aiohttp
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cdc_worker.deployment import _decode
+from cdc_worker.deployment import _decode, _why
 from cdc_worker.errors import FunctionFailed, Misconfigured, Overloaded, Transient
 from convex import ConvexError
 
@@ -131,3 +133,15 @@ def test_a_message_is_one_line_without_arguments() -> None:
     with pytest.raises(FunctionFailed) as caught:
         _decode(200, json.dumps(body).encode())
     assert str(caught.value) == "ArgumentValidationError: "
+
+
+def test_a_certificate_that_is_not_accepted_is_named() -> None:
+    """Not "no connection", of which nobody would think of a proxy, or of an image without certificates."""
+    where = aiohttp.client_reqrep.ConnectionKey("example.com", 443, True, True, None, None, None)
+    refused = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    refused.verify_message = "self-signed certificate"
+    said = _why(aiohttp.ClientConnectorCertificateError(where, refused))
+    assert "certificate of CONVEX_URL" in said
+    assert "self-signed certificate" in said
+    assert "TLS" in _why(aiohttp.ClientConnectorSSLError(where, ssl.SSLError(1, "wrong version number")))
+    assert _why(aiohttp.ClientConnectorError(where, OSError(111, "refused"))) == "no connection"
