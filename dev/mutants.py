@@ -222,16 +222,23 @@ class Outcome:
     stuck: int = 0
 
 
-def tried(mutant: Mutant, *, seeds: int = SEEDS, verbose: bool = False) -> Outcome:
-    """Plays schedules, made from seeds alone, on the mutant until something is found. Raises Misfit."""
+def tried(
+    mutant: Mutant, *, first: int = 0, seeds: int = SEEDS, jobs: int | None = None, verbose: bool = False
+) -> Outcome:
+    """Plays schedules, made from seeds alone, on the mutant until something is found. Raises Misfit.
+
+    Begins with the seed `first`, and plays `jobs` at once (as many as `make chaos`, unless told otherwise).
+    """
     with tempfile.TemporaryDirectory(prefix=f"cdc-{mutant.name}-") as name:
         folder = Path(name)
         make(mutant, folder)
         report = folder / "report.json"
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "dev.chaos", f"--seeds={seeds}", f"--report={report}"),
+                *(sys.executable, "-m", "dev.chaos", f"--from={first}", f"--seeds={seeds}"),
+                f"--report={report}",
                 *(["--stop"] if mutant.noticed else []),
+                *([] if jobs is None else [f"--jobs={jobs}"]),
             ],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": name, "PYTHONDONTWRITEBYTECODE": "1"},

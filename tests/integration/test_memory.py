@@ -50,13 +50,13 @@ BACKLOGS = {
     ),
     # Text of which each eleven bytes are an object in Python, and a rule that has to look at each of them.
     "large rows of costly jsonb": Backlog(
-        15,
+        8,
         """
         insert into "CheckIn" select row, 'u' || row, 'costly', (
             select jsonb_build_object('arrays', jsonb_agg(items)) from (
                 select jsonb_agg(jsonb_build_object('é', 1)) as items from generate_series(1, 60000) n group by n % 100
             ) as grouped), now()
-        from generate_series(1, 15) as row
+        from generate_series(1, 8) as row
         """,
         most_on_top=75,
         most_megabytes=150,
