@@ -6,5 +6,7 @@ export default defineConfig({
   root: fileURLToPath(new URL("..", import.meta.url)),
   test: {
     include: ["tests/**/*.test.ts"],
+    // One core less is the default, which on two of them is one.
+    maxWorkers: "100%",
   },
 });
