@@ -161,6 +161,14 @@ REWRITTEN = {
 }
 
 
+def mark_anew(db: Database) -> None:
+    """All that the log has, as a replay does it."""
+    db.execute(
+        "insert into cdc.outbox (slot, mirror, keys) select cdc.written(), mirror, array_agg(key)"
+        " from cdc.dirty_key where key is not null group by mirror; notify cdc_outbox"
+    )
+
+
 @pytest.mark.parametrize("how", REWRITTEN)
 async def test_rows_that_are_read_while_their_table_is_rewritten(
     db: Database, work: Work, mirrored: Mirrored, mirror: Mirror, how: str
@@ -172,11 +180,7 @@ async def test_rows_that_are_read_while_their_table_is_rewritten(
         await running.at_rest()
         with psycopg.connect(db.dsn) as altering:
             altering.execute(REWRITTEN[how])
-            # As a replay marks them.
-            db.execute(
-                "insert into cdc.outbox (slot, mirror, keys) select cdc.written(), mirror, array_agg(key)"
-                " from cdc.dirty_key where key is not null group by mirror; notify cdc_outbox"
-            )
+            mark_anew(db)
             waits = "select count(*) > 0 from pg_locks where not granted and relation = 'visit'::regclass"
             await eventually(lambda: db.one(waits), expected=True)
             altering.commit()
@@ -216,10 +220,7 @@ async def test_rows_that_are_read_while_another_table_takes_the_place_of_theirs(
         await running.at_rest()
         with psycopg.connect(db.dsn) as altering:
             altering.execute(SWAPPED[how])
-            db.execute(
-                "insert into cdc.outbox (slot, mirror, keys) select cdc.written(), mirror, array_agg(key)"
-                " from cdc.dirty_key where key is not null group by mirror; notify cdc_outbox"
-            )
+            mark_anew(db)
             waits = "select count(*) > 0 from pg_locks where not granted and locktype = 'relation'"
             await eventually(lambda: db.one(waits), expected=True)
             altering.commit()
