@@ -142,9 +142,7 @@ async def _describe(connection: Connection, mirror: Mirror) -> dict[str, int]:
     except psycopg.errors.ProtocolViolation:
         raise _wrong(mirror, "its query fails: it has a parameter ($1), and there is nothing to give") from None
     except psycopg.Error as error:
-        if is_gone(error) or isinstance(error, LOCKED):
-            raise
-        raise _wrong(mirror, f"its query fails: {_with_hint(error)}") from None
+        raise _failure(mirror, "its query fails", error) from None
     names = [column.name for column in description]
     doubled = {name for name in names if names.count(name) > 1}
     if doubled:
@@ -158,14 +156,15 @@ async def _try_order(connection: Connection, plan: Plan) -> None:
         async with connection.transaction():
             await connection.execute(plan.no_keys)
     except psycopg.Error as error:
-        if is_gone(error) or isinstance(error, LOCKED):
-            raise
-        raise _wrong(plan.mirror, f"its keys cannot be put in order: {_with_hint(error)}") from None
+        raise _failure(plan.mirror, "its keys cannot be put in order", error) from None
 
 
-def _with_hint(error: psycopg.Error) -> str:
+def _failure(mirror: Mirror, what: str, error: psycopg.Error) -> ConfigError:
+    """The mirror's fault, in words. Raises the error if it is the database's, or a lock's."""
+    if is_gone(error) or isinstance(error, LOCKED):
+        raise error
     hint = error.diag.message_hint
-    return f"{first_lines(error)}{f' ({hint})' if hint else ''}"
+    return _wrong(mirror, f"{what}: {first_lines(error)}{f' ({hint})' if hint else ''}")
 
 
 async def find_table(connection: Connection, mirror: Mirror, source: Source) -> tuple[int, str, str]:
