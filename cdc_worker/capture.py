@@ -177,11 +177,11 @@ _ROWS = """(
 _KEYS = """select {mirror}::pg_catalog.int2 as mirror, r.{key} as key
             from {rows} as r where r.{present} or r.{missing}"""
 _MORE_KEYS = """
-            select cdc.written(), k.mirror, pg_catalog.array_agg(k.key)
+            select cdc.written(), {mirror}, pg_catalog.array_agg(k.key)
             from (
                 select k.mirror, k.key, pg_catalog.row_number() over () as place from ({keys}) as k offset {few}
             ) as k
-            group by k.mirror, k.place operator(pg_catalog./) {keys_in_a_row}"""
+            group by {by_mirror} k.place operator(pg_catalog./) {keys_in_a_row}"""
 
 # The old and the new rows of an UPDATE are paired by their place, since nothing else joins them when the key itself may
 # change. Any pairing is safe: rows paired wrongly either differ, and both keys are marked, or are alike to the last
@@ -235,10 +235,19 @@ def _append_many(rows: sql.Composed) -> sql.Composed:
 def _few_and_more(feeds: Sequence[Feed], table: str) -> sql.Composed:
     """For an INSERT or DELETE."""
     few, keys = sql.Literal(_FEW), _keys(feeds, table)
+    # Where all are of one mirror, to group by it would only take time.
+    one = len(feeds) == 1
+    more = sql.SQL(_MORE_KEYS).format(
+        mirror=sql.SQL("{}::pg_catalog.int2").format(sql.Literal(feeds[0].mirror_id))
+        if one
+        else sql.Identifier("k", "mirror"),
+        by_mirror=sql.SQL("" if one else "k.mirror,"),
+        keys=keys,
+        few=few,
+        keys_in_a_row=sql.Literal(_KEYS_IN_A_ROW),
+    )
     return sql.SQL(_FEW_AND_MORE).format(
-        few=_append("mirror, key", sql.SQL("{} limit {}").format(keys, few)),
-        more=_append_many(sql.SQL(_MORE_KEYS).format(keys=keys, few=few, keys_in_a_row=sql.Literal(_KEYS_IN_A_ROW))),
-        few_are=few,
+        few=_append("mirror, key", sql.SQL("{} limit {}").format(keys, few)), more=_append_many(more), few_are=few
     )
 
 

@@ -11,7 +11,7 @@ import psycopg
 from cdc_worker.capture import GATE
 from dev.bench.results import Bench, Results, Row
 from dev.bench.stage import ROWS, Stage, altered, stage
-from dev.bench.triggers import EVENTS, add_triggers, captured, only_the_key
+from dev.bench.triggers import EVENTS, NOTHING, add_triggers, captured, only_the_key
 
 # Statements of one row in a loop in the server, together in one transaction or each in its own.
 _LOOP: Final = """
@@ -33,7 +33,6 @@ alter function {insert} set search_path = pg_catalog, pg_temp;
 alter function {update} set search_path = pg_catalog, pg_temp;
 alter function {delete} set search_path = pg_catalog, pg_temp;
 """
-_NOTHING: Final = "begin return null; end"
 _GUARD: Final = """
 begin
     begin
@@ -93,7 +92,7 @@ def _row(event: str, body: str) -> str:
 
 _PARTS: Final = (
     Part("the table without triggers", None),
-    Part("a trigger that does nothing", lambda *_: _NOTHING),
+    Part("a trigger that does nothing", lambda *_: NOTHING),
     Part("a trigger that only writes the key", lambda event, _: only_the_key(event)),
     Part("**capture as it is**", _as_it_is),
     Part("without the doorbell", _put(r"and not pg_catalog\.pg_try_advisory_xact_lock_shared\([^)]*\)", "and false")),

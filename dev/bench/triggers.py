@@ -9,6 +9,9 @@ from dev.bench.stage import Stage
 
 EVENTS: Final = ("insert", "update", "delete")
 
+NOTHING: Final = "begin return null; end"
+"""What any trigger in plpgsql costs, with its transition tables, whatever it is for."""
+
 _ONLY_THE_KEY: Final = """
 begin
     insert into cdc.outbox_0 (mirror, key) select 1, {rows}.id::text from {rows};

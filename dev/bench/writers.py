@@ -1,6 +1,7 @@
 """Case 4: what capture costs the application's writers.
 
-The same table with its triggers, without any, and with the least that a trigger can do, turn by turn.
+The same table with its triggers, without any, with some that do nothing, and with the least that a trigger can write,
+turn by turn.
 """
 
 import re
@@ -13,11 +14,16 @@ from typing import Final, Literal
 
 from dev.bench.results import Bench, Results, Row, median
 from dev.bench.stage import ROWS, Stage, altered, stage
-from dev.bench.triggers import EVENTS, add_triggers, only_the_key
+from dev.bench.triggers import EVENTS, NOTHING, add_triggers, only_the_key
 from dev.postgres import Server
 
-Table = Literal["bench_plain", "bench_floor", "bench_event"]
-TABLES: Final[dict[Table, str]] = {"bench_plain": "without", "bench_floor": "floor", "bench_event": "with"}
+Table = Literal["bench_plain", "bench_idle", "bench_floor", "bench_event"]
+TABLES: Final[dict[Table, str]] = {
+    "bench_plain": "without",
+    "bench_idle": "nothing",
+    "bench_floor": "floor",
+    "bench_event": "with",
+}
 """And what they are in the results."""
 
 Way = Literal["", ", commits of 5 ms", ", pgbench's default"]
@@ -52,8 +58,9 @@ class _Turns:
         return {
             "what": what,
             **{column: median(self._figures[table]) for table, column in TABLES.items()},
-            "ratio": self._ratio("bench_event"),
+            "nothing_ratio": self._ratio("bench_idle"),
             "floor_ratio": self._ratio("bench_floor"),
+            "ratio": self._ratio("bench_event"),
             "wal_without": median(self._wal["bench_plain"]),
             "wal_with": median(self._wal["bench_event"]),
         }
@@ -66,8 +73,9 @@ class _Turns:
 def writers(bench: Bench, results: Results) -> list[Row]:
     del results
     with stage(bench.server) as on:
-        on.execute("create table bench_floor (like bench_plain including all)")
-        add_triggers(on, "bench_floor", {event: only_the_key(event) for event in EVENTS})
+        for table, body in (("bench_idle", lambda _: NOTHING), ("bench_floor", only_the_key)):
+            on.execute(f"create table {table} (like bench_plain including all)")
+            add_triggers(on, table, {event: body(event) for event in EVENTS})
         for table in TABLES:
             on.rows = 0
             on.add(bench.size(_LOADED, 1_000), table=table)
