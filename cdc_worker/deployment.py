@@ -15,6 +15,8 @@ import json
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from convex.values import convex_to_json, json_to_convex
@@ -68,6 +70,8 @@ class Deployment:
             timeout=self._timeout,
             connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=60.0),
             cookie_jar=aiohttp.DummyCookieJar(),
+            # Not by `trust_env`: that looks at the environment, and into ~/.netrc, for each request.
+            proxy=_proxy(self._url),
         )
         return self
 
@@ -99,10 +103,22 @@ class Deployment:
                 text = await _body(response)
                 status = response.status
         except aiohttp.InvalidURL:
-            raise Misconfigured("CONVEX_URL is no address") from None
+            # CONVEX_URL has been checked.
+            raise Misconfigured("HTTPS_PROXY (or HTTP_PROXY) is no address: give http://host:port") from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Transient(_why(error)) from None
         return _decode(status, text)
+
+
+def _proxy(url: str) -> str | None:
+    """What HTTPS_PROXY (HTTP_PROXY for an address with http) names; none to this machine, or to a host in NO_PROXY."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    proxy = getproxies().get(parts.scheme)
+    if not proxy or host in {"localhost", "127.0.0.1", "::1"} or proxy_bypass(host):
+        return None
+    # As curl and others read it.
+    return proxy if "://" in proxy else f"http://{proxy}"
 
 
 async def _body(response: aiohttp.ClientResponse) -> bytes:
@@ -117,6 +133,10 @@ async def _body(response: aiohttp.ClientResponse) -> bytes:
 def _why(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
+    if isinstance(error, aiohttp.ClientProxyConnectionError):
+        return "no connection to the proxy that HTTPS_PROXY (or HTTP_PROXY) names"
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return f"the proxy that HTTPS_PROXY names does not let us through (HTTP {error.status})"
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return "the host of CONVEX_URL is not found"
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
