@@ -122,7 +122,7 @@ def lock_out_writers(schema: str, table: str) -> sql.Composed:
 
 # So many keys of an INSERT or DELETE become rows of their own, before it is worth to form arrays.
 _FEW = 8
-# The longest row of the log, in keys. The ids of rows are so far apart (migrations/0002_cheaper_capture.sql).
+# The longest row of the log, in keys. The ids of rows are so far apart (cdc.row_id in migrations/).
 _KEYS_IN_A_ROW = 64
 
 # What each event writes, and whether it wrote anything.
@@ -138,7 +138,7 @@ _ONE_OR_MORE = """perform from cdc_old offset 1;
         {one}
     end if;
     get diagnostics written = row_count;"""
-_ALL = """insert into cdc.outbox (slot, mirror) values {mirrors};
+_ALL = """insert into cdc.outbox (id, slot, mirror) values {mirrors};
     get diagnostics written = row_count;"""
 _BODY = """#variable_conflict use_column
 <<capture>>
@@ -165,7 +165,7 @@ _APPEND = """if cdc.written() operator(pg_catalog.=) 0 then
             insert into cdc.outbox_2 ({columns})
             {rows};
         end if;"""
-_APPEND_MANY = "insert into cdc.outbox (slot, mirror, keys) {rows};"
+_APPEND_MANY = "insert into cdc.outbox (id, slot, mirror, keys) {rows};"
 
 # A name is looked for in the statement's rows, then around them. There it always finds something: a null of a type that
 # no column has. So a column that is gone is a fact that the plan knows, instead of an error.
@@ -174,14 +174,17 @@ _ROWS = """(
                 cross join lateral (select {columns} from {table}) as r
             )"""
 
-_KEYS = """select {mirror}::pg_catalog.int2 as mirror, r.{key} as key
+_KEYS = """select cdc.row_id(r.{key}, {mirror}) as id, {mirror}::pg_catalog.int2 as mirror, r.{key} as key
             from {rows} as r where r.{present} or r.{missing}"""
 _MORE_KEYS = """
-            select cdc.written(), {mirror}, pg_catalog.array_agg(k.key)
+            select cdc.row_id(r.keys, r.mirror), cdc.written(), r.mirror, r.keys
             from (
-                select k.mirror, k.key, pg_catalog.row_number() over () as place from ({keys}) as k offset {few}
-            ) as k
-            group by {by_mirror} k.place operator(pg_catalog./) {keys_in_a_row}"""
+                select {mirror} as mirror, pg_catalog.array_agg(k.key) as keys
+                from (
+                    select k.mirror, k.key, pg_catalog.row_number() over () as place from ({keys}) as k offset {few}
+                ) as k
+                group by {by_mirror} k.place operator(pg_catalog./) {keys_in_a_row}
+            ) as r"""
 
 # The old and the new rows of an UPDATE are paired by their place, since nothing else joins them when the key itself may
 # change. Any pairing is safe: rows paired wrongly either differ, and both keys are marked, or are alike to the last
@@ -190,18 +193,20 @@ _MORE_KEYS = """
 # nothing new but to the planner, who else expects a hundred times as many pairs. `offset 0` keeps it from carrying on
 # whole rows where the keys are enough.
 # A row of the log never has both, `key` and `keys`: workers of 0.1.0 know `key` alone, and would miss the others.
-_ONE_PAIR = """select c.mirror, c.key, c.keys
+# Mirrors are numbered from 1, so that a key that stays does not cancel itself out in the id.
+_ONE_PAIR = """select c.id, c.mirror, c.key, c.keys
             from {old} as o left join {new} as n on true
             cross join lateral ({feeds}) as c
             where c.present and c.changed or c.missing"""
-_ONE_PAIR_KEYS = """select {mirror}::pg_catalog.int2 as mirror,
+_ONE_PAIR_KEYS = """select cdc.row_id(n.{key}, {mirror}) operator(pg_catalog.#) cdc.row_id(o.{key}, 0) as id,
+                {mirror}::pg_catalog.int2 as mirror,
                 case when (o.{key} operator(pg_catalog.<>) n.{key} collate pg_catalog."C") is not true
                     then coalesce(n.{key}, o.{key}) end as key,
                 case when o.{key} operator(pg_catalog.<>) n.{key} collate pg_catalog."C"
                     then array[n.{key}, o.{key}] end as keys,
                 o.{present} or n.{present} as present, {changed} as changed, o.{missing} as missing"""
 _MORE_PAIRS = """
-            select cdc.written(), f.mirror, f.keys
+            select cdc.row_id(f.keys, f.mirror), cdc.written(), f.mirror, f.keys
             from (
                 select {gathered}
                 from (
@@ -247,21 +252,22 @@ def _few_and_more(feeds: Sequence[Feed], table: str) -> sql.Composed:
         keys_in_a_row=sql.Literal(_KEYS_IN_A_ROW),
     )
     return sql.SQL(_FEW_AND_MORE).format(
-        few=_append("mirror, key", sql.SQL("{} limit {}").format(keys, few)), more=_append_many(more), few_are=few
+        few=_append("id, mirror, key", sql.SQL("{} limit {}").format(keys, few)), more=_append_many(more), few_are=few
     )
 
 
 def _one_or_more(feeds: Sequence[Feed]) -> sql.Composed:
     """For an UPDATE."""
     return sql.SQL(_ONE_OR_MORE).format(
-        one=_append("mirror, key, keys", _one_pair(feeds)), more=_append_many(_more_pairs(feeds))
+        one=_append("id, mirror, key, keys", _one_pair(feeds)), more=_append_many(_more_pairs(feeds))
     )
 
 
 def _all(feeds: Sequence[Feed]) -> sql.Composed:
     """For a TRUNCATE: a row without a key for each mirror."""
     mirrors = dict.fromkeys(feed.mirror_id for feed in feeds)
-    rows = (sql.SQL("(cdc.written(), {})").format(sql.Literal(mirror)) for mirror in mirrors)
+    row = sql.SQL("(cdc.row_id(null::pg_catalog.text, {mirror}), cdc.written(), {mirror})")
+    rows = (row.format(mirror=sql.Literal(mirror)) for mirror in mirrors)
     return sql.SQL(_ALL).format(mirrors=sql.SQL(", ").join(rows))
 
 

@@ -90,6 +90,17 @@ MUTANTS: Final = (
                 "where false",
             ),
             Change("migrations/0002_cheaper_capture.sql", "increment 64 cache 32", "increment 64"),
+            Change(
+                "migrations/0011_ids_without_a_sequence.sql",
+                '(coalesce(hashtextextended(key collate "C", mirror), mirror) & 144115188075855871) << 6',
+                "nextval('cdc.outbox_id')",
+            ),
+            Change(
+                "migrations/0011_ids_without_a_sequence.sql",
+                '(hash_array_extended(keys collate "C", mirror) & 144115188075855871) << 6',
+                "nextval('cdc.outbox_id')",
+            ),
+            Change("cdc_worker/capture.py", "operator(pg_catalog.#) cdc.row_id(o.{key}, 0) as id", "as id"),
         ),
     ),
     Mutant(

@@ -43,7 +43,7 @@ begin
 # Instead of statement triggers with their transition tables.
 _ROW: Final = """
 begin
-    insert into cdc.outbox_0 (mirror, key) values (1, {row}.id::text);
+    insert into cdc.outbox_0 (id, mirror, key) values (cdc.row_id({row}.id::text, 1), 1, {row}.id::text);
     if not pg_try_advisory_xact_lock_shared({gate}) then perform pg_notify('cdc_outbox', ''); end if;
     return null;
 end
@@ -120,7 +120,7 @@ _PARTS: Final = (
         _put(r"cdc\.outbox_0", "cdc.part_narrow"),
         "create table cdc.part_narrow (mirror smallint not null, key text, keys text[],"
         " slot smallint not null default 0, at timestamptz not null default now(),"
-        " xid xid8 not null default pg_current_xact_id(), id bigint not null default nextval('cdc.outbox_id'));"
+        " xid xid8 not null default pg_current_xact_id(), id bigint not null);"
         " create index on cdc.part_narrow (xid, id)",
     ),
     Part(

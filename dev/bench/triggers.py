@@ -14,7 +14,7 @@ NOTHING: Final = "begin return null; end"
 
 _ONLY_THE_KEY: Final = """
 begin
-    insert into cdc.outbox_0 (mirror, key) select 1, {rows}.id::text from {rows};
+    insert into cdc.outbox_0 (id, mirror, key) select cdc.row_id({rows}.id::text, 1), 1, {rows}.id::text from {rows};
     return null;
 end
 """

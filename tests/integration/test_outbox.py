@@ -82,6 +82,14 @@ async def test_every_key_is_of_one_shard(db: Database, start: str, shards: int, 
     assert sorted(str(key) for part in parts for key in part) == sorted(map(str, ALL))
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3, 100])
+async def test_of_rows_with_the_same_id_one_is_enough(db: Database, limit: int) -> None:
+    """They name the same keys, and became visible together."""
+    db.execute("insert into cdc.outbox select o.* from cdc.outbox o cross join generate_series(1, 4)")
+    found = keys(await pages(db.dsn, Position("50:50:"), limit))
+    assert list(dict.fromkeys(found)) == ALL
+
+
 async def test_what_was_visible_is_not_read_again(db: Database) -> None:
     found = await pages(db.dsn, Position("50:1001:99,1000"), 2)
     assert keys(found) == ["a", "b", "c", "d", "e", None, "i", "j", "k", "l", "m", "n"]
