@@ -9,11 +9,11 @@ import structlog
 from cdc_worker.catalog import check
 from cdc_worker.database import Connection, Database
 from cdc_worker.errors import ConfigError, SchemaError
-from cdc_worker.migrate import load_migrations
 from cdc_worker.mirrors import Mirror
 from cdc_worker.parking import Parking
 from cdc_worker.plan import Plan
 from cdc_worker.postgres_errors import LOCKED, cause, first_lines, is_of_the_query, is_surely_gone, try_key
+from cdc_worker.schema import load_migrations
 
 log = structlog.get_logger()
 
