@@ -18,7 +18,7 @@ from unittest.mock import Mock
 import pytest
 from structlog.testing import capture_logs
 
-from cdc_worker import sync
+from cdc_worker import background_loop, sync
 from cdc_worker.sync import (
     SyncError,
     sync_activity,
@@ -212,14 +212,14 @@ def test_the_deadline_holds_against_a_server_that_is_silent(monkeypatch: pytest.
 def test_a_thread_that_could_not_start_is_started_by_the_next_call(
     mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch, user: str
 ) -> None:
-    monkeypatch.setattr(sync, "_LOOP", sync._Loop())
+    monkeypatch.setattr(background_loop, "_LOOP", background_loop._Loop())
     with monkeypatch.context() as full:
         full.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
         with pytest.raises(RuntimeError, match="can't start"):
             sync_activity(user, "check-in", "x", NOON)
-    later = sync._submit(sync._activity(user, "check-in", "x", NOON, None, None))
+    later = background_loop.submit(sync._activity(user, "check-in", "x", NOON, None, None))
     assert later.result(timeout=10) is not None
-    sync._hang_up()
+    background_loop._hang_up()
 
 
 # In a process of its own, since to fork one with threads is what must be survived. The child ends as gunicorn's do.
