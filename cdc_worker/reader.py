@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from cdc_worker.database import Database
 from cdc_worker.lanes import Lanes
 from cdc_worker.late_read import LateReader
-from cdc_worker.listener import Bell
+from cdc_worker.listener import Bell, Listener
 from cdc_worker.liveness import Liveness
 from cdc_worker.outbox import Position, Shard, look
 from cdc_worker.registry import MirrorState
@@ -30,7 +30,7 @@ class Reader:
     def __init__(
         self,
         database: Database,
-        bell: Bell | None,
+        listener: Listener,
         mirrors: Mapping[int, MirrorState],
         lanes: Lanes,
         position: Position,
@@ -44,7 +44,7 @@ class Reader:
     ) -> None:
         self._liveness = liveness
         self._database = database
-        self._bell = bell
+        self._listener = listener
         self._shard = shard
         # The gate is closed: whatever was committed since, and is not read, has rung or will ring.
         self._armed = False
@@ -65,10 +65,6 @@ class Reader:
 
     def _moved(self) -> None:
         self._liveness.moved(_READER)
-
-    def listen(self, bell: Bell) -> None:
-        """There is a bell now, where there was none."""
-        self._bell = bell
 
     def wake(self) -> None:
         self._wake.set()
@@ -120,14 +116,14 @@ class Reader:
 
     async def _rest(self) -> None:
         """Returns when there may be something to read: rung, polled, or woken."""
-        if self._armed and self._bell is not None:
-            return await self._listen(self._bell)
+        if self._armed and self._listener.bell is not None:
+            return await self._listen(self._listener.bell)
         seconds = _FIRST_PAUSE_SECONDS
         while not await self._pause(seconds) and not await self._something():
-            if seconds > _LIKELY_SECONDS and self._bell is not None and await self._bell.arm():
+            if seconds > _LIKELY_SECONDS and self._listener.bell is not None and await self._listener.bell.arm():
                 self._armed = True
                 # A writer that found the gate open is seen by this look; one that comes later rings.
-                return None if await self._something() else await self._listen(self._bell)
+                return None if await self._something() else await self._listen(self._listener.bell)
             seconds = min(seconds * 2, self._poll_seconds)
         return None
 
@@ -145,9 +141,9 @@ class Reader:
         return None
 
     async def _disarm(self) -> None:
-        if self._armed and self._bell is not None:
+        if self._armed and self._listener.bell is not None:
             self._armed = False
-            await self._bell.disarm()
+            await self._listener.bell.disarm()
 
     async def _pause(self, seconds: float) -> bool:
         """True if woken."""

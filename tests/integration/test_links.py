@@ -10,7 +10,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from cdc_worker import database as worker_database
-from cdc_worker import listener, reader, session, shards
+from cdc_worker import listener, reader, shards
 from cdc_worker.mirrors import Mirror
 from cdc_worker.settings import Settings
 from dev import local_convex as convex
@@ -136,7 +136,7 @@ async def test_a_listener_s_link_that_comes_later_is_taken(  # noqa: PLR0917  # 
     user: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(session, "_BELL_SECONDS", 0.1)
+    monkeypatch.setattr(listener, "_RECOVERY_SECONDS", 0.1)
     link.deaf()
     settings = quick_settings(db.dsn, local_convex, listen_database_url=through(link.port, db.dsn))
     async with worker_at_work(settings, mirrors) as running:
