@@ -169,7 +169,7 @@ async def _backfill_one(database: Database, mirror_id: int, plan: Plan, progress
     phase, marked = await rescans.state(database, mirror_id)
     resumed = phase == "rows"
     if not resumed:
-        await rescans.request(database, mirror_id, with_documents=True, reason="backfill command")
+        await rescans.request(database, mirror_id, "backfill command")
         marked = 0
     name = plan.mirror.name
     if progress.disable:  # the bar says the same

@@ -90,7 +90,7 @@ class Care:
                     cause="a source was truncated, or lost a column that capture needs",
                     cure="none needed if truncated; otherwise mend cdc_worker.toml, run migrate, restart the worker",
                 )
-            await backfill.request(self._database, mirror_id, with_documents=True, reason="source truncated or changed")
+            await backfill.request(self._database, mirror_id, "source truncated or changed")
         self._soon.set()
 
     async def run(self, reader: Reader) -> None:

@@ -133,7 +133,7 @@ async def _finish(connection: Connection, mirrors: Sequence[Mirror], uncaptured:
                 if definition != mirror.definition
                 else UNCAPTURED
             )
-            await connection.execute(RESCAN, (number, True, reason))
+            await connection.execute(RESCAN, (number, reason))
             log.info("backfill.requested", mirror=mirror.name, reason=reason)
     for number, _ in registered.values():
         for (name,) in await fetch(connection, _RETIRE, number):

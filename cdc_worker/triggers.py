@@ -147,7 +147,7 @@ async def _change_table(
     async def change() -> None:
         # Asked for once more at the end. But if this is the end, the next `migrate` sees nothing amiss.
         for mirror_id in uncaptured:
-            await connection.execute(RESCAN, (mirror_id, True, UNCAPTURED))
+            await connection.execute(RESCAN, (mirror_id, UNCAPTURED))
         for statement in statements:
             await connection.execute(statement)
 
