@@ -15,7 +15,7 @@ from cdc_worker.mirrors import Mirror
 from dev import local_convex as convex
 from dev import postgres
 from dev.processes import unprivileged
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, renamed
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, check_in, renamed
 from tests.integration.mirrored import Mirrored, convex_at, eventually
 from tests.integration.running import Running, quick_settings, worker_at_work
 
@@ -47,14 +47,10 @@ def dsn(server: postgres.Server) -> str:
     return server.dsn(postgres.create_database(server))
 
 
-def check_in(db: Database, user: str, *keys: str) -> None:
-    for key in keys:
-        db.execute("""insert into "CheckIn" values (%s, %s, %s, null, now())""", f"{user}-{key}", user, key)
-
-
 def begin(db: Database, user: str) -> None:
     """What is in the backup."""
-    check_in(db, user, "kept", "changed later", "deleted later")
+    for key in ("kept", "changed later", "deleted later"):
+        check_in(db, user, key)
     db.execute("""insert into "User" values (%s, 'A', '2026-01-02')""", user)
     db.execute("""insert into "Alert" values (%s, %s, 'L1', '2026-01-02Z')""", f"{user}-alert", user)
 
