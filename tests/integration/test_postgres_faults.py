@@ -67,7 +67,7 @@ async def test_a_standby_is_refused_and_waited_for(
         await running.said("database.recovered")
 
 
-async def test_more_connections_than_it_takes(  # noqa: PLR0917  # fixtures
+async def test_more_connections_than_it_takes(
     mirrors: Sequence[Mirror],
     server: postgres.Server,
     local_convex: convex.LocalConvex,

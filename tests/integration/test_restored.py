@@ -108,7 +108,7 @@ async def backed_up(dsn: str, mirrors: Sequence[Mirror], mirrored: Mirrored, use
     return made
 
 
-async def test_a_dump_that_is_restored_under_the_same_name(  # noqa: PLR0917  # fixtures
+async def test_a_dump_that_is_restored_under_the_same_name(
     mirrors: Sequence[Mirror],
     server: postgres.Server,
     dsn: str,
@@ -128,7 +128,7 @@ async def test_a_dump_that_is_restored_under_the_same_name(  # noqa: PLR0917  # 
         await running.stop()
 
 
-async def test_a_dump_that_is_restored_piece_by_piece(  # noqa: PLR0917  # fixtures
+async def test_a_dump_that_is_restored_piece_by_piece(
     mirrors: Sequence[Mirror],
     server: postgres.Server,
     dsn: str,
@@ -184,7 +184,7 @@ def dump(server: postgres.Server, dsn: str) -> Dump:
 
 
 @pytest.mark.parametrize("position", ["noted", "moved on"])
-async def test_a_data_folder_that_is_set_back(  # noqa: PLR0917  # fixtures
+async def test_a_data_folder_that_is_set_back(
     mirrors: Sequence[Mirror],
     server: postgres.Server,
     dsn: str,
@@ -216,7 +216,7 @@ async def test_a_data_folder_that_is_set_back(  # noqa: PLR0917  # fixtures
         await running.stop()
 
 
-async def test_a_data_folder_that_is_set_back_to_a_copy_of_a_running_server(  # noqa: PLR0917  # fixtures
+async def test_a_data_folder_that_is_set_back_to_a_copy_of_a_running_server(
     mirrors: Sequence[Mirror],
     server: postgres.Server,
     dsn: str,
@@ -315,7 +315,7 @@ async def test_a_deployment_that_was_set_back_within_an_epoch(
             await running.stop()
 
 
-async def test_triggers_that_come_back(  # noqa: PLR0917  # fixtures
+async def test_triggers_that_come_back(
     mirrors: Sequence[Mirror],
     database: str,
     local_convex: convex.LocalConvex,
@@ -340,7 +340,7 @@ async def test_triggers_that_come_back(  # noqa: PLR0917  # fixtures
             await running.stop()
 
 
-async def test_triggers_that_were_off_between_two_looks(  # noqa: PLR0917  # fixtures
+async def test_triggers_that_were_off_between_two_looks(
     mirrors: Sequence[Mirror],
     database: str,
     local_convex: convex.LocalConvex,

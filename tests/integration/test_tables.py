@@ -74,7 +74,7 @@ GONE = {
 
 @pytest.mark.parametrize("at_work", [True, False], ids=["at work", "away"])
 @pytest.mark.parametrize("how", GONE)
-async def test_rows_that_go_with_their_partition(  # noqa: PLR0917  # fixtures
+async def test_rows_that_go_with_their_partition(
     db: Database, work: Work, mirrored: Mirrored, mirror: Mirror, how: str, at_work: bool
 ) -> None:
     async with work() as running:
@@ -238,7 +238,7 @@ WHOLE_ROWS = {
 
 
 @pytest.mark.parametrize("how", WHOLE_ROWS)
-async def test_columns_of_a_query_that_shows_whole_rows(  # noqa: PLR0917  # fixtures
+async def test_columns_of_a_query_that_shows_whole_rows(
     db: Database, work: Work, mirrored: Mirrored, mirror: Mirror, user: str, how: str
 ) -> None:
     """A column that comes, or gets another name, is in each document, and no trigger fires."""
