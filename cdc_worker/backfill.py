@@ -18,8 +18,8 @@ from cdc_worker.plan import Plan
 PAGE_KEYS = 1_000
 _FOLLOWING = {"rows": "documents", "documents": "done"}
 
-# Of a mirror that `migrate` has changed since this process read cdc_worker.toml, the rescan is for the worker that
-# comes with the new one: by this one's query the documents are what they were.
+# If `migrate` has changed a mirror since this process read cdc_worker.toml, its rescan is left to the worker that comes
+# with the new file: this one's query would give the documents as they were.
 _NEXT = """
 select b.mirror, b.phase, b.after, b.marked
 from cdc.backfill b join cdc.mirror m on m.id = b.mirror

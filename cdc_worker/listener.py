@@ -6,8 +6,8 @@ advisory lock. Capture tries it shared, and rings only if that fails; the worker
 has nothing to do, looks once more, and then waits. A writer that got the lock is seen by that last look, or
 keeps the worker from the gate as long as its transaction is open: then the worker polls.
 
-Of several readers one keeps the gate, and the others sleep behind it: a writer's ring wakes all. Who opens the gate
-rings, too, so that one of those who sleep on closes it again.
+Of several readers one keeps the gate, and the others sleep behind it: a writer's ring wakes all. The one that opens the
+gate rings, too, so that one of the others, which go on sleeping, closes it again.
 """
 
 import asyncio

@@ -20,7 +20,7 @@ _PATIENCE_SECONDS = 30.0
 # A trigger's DDL waits for the table's writers, and new writers wait behind it: never for longer than this.
 _TABLE_LOCK_TIMEOUT = "set local lock_timeout = '300ms'"
 _TABLE_SECONDS = 60.0
-# But for once: an autovacuum gives way to who has waited for `deadlock_timeout`, and that of a large table may last.
+# Except once: an autovacuum, which may last on a large table, gives way to whoever has waited for `deadlock_timeout`.
 _PATIENT_TRY = 10
 _PAST_AUTOVACUUM = """
 select set_config('lock_timeout', (s.setting::int + 300)::text, true) from pg_settings s
@@ -56,7 +56,7 @@ async def when_free(
 ) -> T:
     """The outcome of `work` on `what`, tried again while a lock is in its way. `execute` asks who holds it.
 
-    Raises SchemaError that names them after so many seconds (half a minute, unless told otherwise).
+    Raises SchemaError that names the holders after `seconds` (half a minute, unless told otherwise).
     """
 
     async def once() -> T:

@@ -98,7 +98,7 @@ async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
 
 
 async def _check_targets(connection: Connection, mirrors: Sequence[Mirror]) -> None:
-    """Of a mirror that was taken out, too: its documents stayed."""
+    """Also those of mirrors that were taken out: their documents stayed."""
     if not (await fetch(connection, "select to_regclass('cdc.mirror') is not null"))[0][0]:
         return
     targets: dict[str, str | None] = dict(await fetch(connection, _TARGETS))

@@ -17,7 +17,7 @@ _READER = "the log in Postgres"
 # its NOTIFY to writers. It is a busy time when the bell rings within so long after a page was read.
 _FIRST_PAUSE_SECONDS = 0.002
 _LIKELY_SECONDS = 0.003
-# The bell is trusted for so long; then one look, which also moves the position on.
+# For how long the bell is trusted; then comes one look, which also moves the position on.
 _LOOKOUT_SECONDS = 30.0
 # What may wait in memory. Bytes are the bound that matters; keys keep the lanes' own bookkeeping small.
 MOST_WAITING_BYTES = 8 * 1024 * 1024
@@ -60,7 +60,7 @@ class Reader:
         self._wake = asyncio.Event()
         # The lanes have given something up.
         self._freed = asyncio.Event()
-        # The last look found nothing: whoever has time may add work of his own.
+        # The last look found nothing: there is time for a rescan.
         self.caught_up = asyncio.Event()
 
     def _moved(self) -> None:
@@ -99,7 +99,7 @@ class Reader:
         return not self._stopping
 
     async def _step(self) -> bool:
-        """Reads one page; False if it was the last, as far as can be known: then it is worth to rest a while."""
+        """Reads one page; False if it seems to be the last, so that it is time to rest."""
         self._number += 1
         readings = await self._late.read(self.position, self._number)
         page = readings.page
@@ -128,8 +128,10 @@ class Reader:
         return None
 
     async def _listen(self, bell: Bell) -> None:
-        """Sleeps behind the closed gate, which stays closed while the page is read, unless it is a busy time. One that
-        another reader keeps may have been opened with this very ring.
+        """Sleeps behind the closed gate until there is something to read.
+
+        The gate then stays closed while that is read; not in a busy time, and not if another reader keeps it, which may
+        have opened it with this very ring.
         """
         began = time.monotonic()
         while not await bell.wait(self._wake, _LOOKOUT_SECONDS):

@@ -32,8 +32,8 @@ log = structlog.get_logger()
 
 # A checkpoint for each batch would cost a commit each; what is acknowledged and not yet noted is only delivered twice.
 _CHECKPOINT_SECONDS = 0.1
-# The position of an idle shard moves on with each look; that is worth a commit now and then, for rotation's sake:
-# once in so many heartbeats.
+# The position of an idle shard moves on with each look. For rotation's sake it is saved now and then, too: once in this
+# number of heartbeats.
 _UNMOVED_HEARTBEATS = 2
 # What a stop does behind its drain, for a platform that kills 30 s after its signal: noting how far it got, letting go.
 _LAST_SAVE_SECONDS = 2.0

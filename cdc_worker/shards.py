@@ -32,12 +32,12 @@ from cdc_worker.troubles import Troubles
 
 log = structlog.get_logger()
 
-# A session that lasted so long was well: what ended it is a new trouble. One that did not is the old one. If it were
-# longer, a link that is cut now and then (a firewall, a balancer) would get the pauses of one that hardly works.
+# If a session lasted so long, what ended it is a new trouble; if not, it is the old one still. With a larger number a
+# link that is cut now and then (a firewall, a balancer) would get the pauses of one that hardly works.
 _LASTING_SECONDS = 5.0
 # A stop that finds no session open has nothing to drain; a statement on its way may still end.
 _CUT_SHORT_SECONDS = 2.0
-# While there may be a shard to take over, one look in so many seconds: how soon a dead worker is replaced.
+# Between two looks while there may be a shard to take over: how soon a dead worker is replaced.
 _STANDBY_SECONDS = 1.0
 # A session that has drained still notes how far it got, and lets go: each has its own deadline within this.
 _ENDING_SECONDS = 3.0
@@ -107,7 +107,7 @@ class Shards:
         self._rests_until: dict[Shard, float] = defaultdict(float)
         self._known: dict[Shard, Known] = defaultdict(Known)
         self._tallies: dict[Shard, Tally] = defaultdict(Tally)
-        # Whose last session did not open: taken again at each try, which is said once.
+        # Shards whose last session did not open: their lease is taken again at each try, but said only once.
         self._retried: set[Shard] = set()
         self._said_standby = False
         # The database is out of reach, or has not been asked yet.
@@ -152,7 +152,7 @@ class Shards:
             await self._outcome(self._renew())
 
     def _until_next_look(self) -> float:
-        """In seconds. Who has all shards only renews his leases; others look whether there is one to take."""
+        """In seconds. A worker with all shards only renews its leases; others also look for one to take."""
         seconds = self._settings.lease_seconds / 3
         if len(self._readings) < self._settings.shards:
             seconds = min(seconds, _STANDBY_SECONDS)

@@ -28,7 +28,7 @@ log = structlog.get_logger()
 
 ActivityType = Literal["check-in", "alert", "conversation"]
 AlertLevel = Literal["L1", "L2", "L3", "L4"]
-# Whose text is what Postgres would give for it.
+# Types whose text is what Postgres would give for them.
 Text = str | int | uuid.UUID
 # An instant: a datetime (a naive one is taken as UTC), a date (its midnight in UTC), or milliseconds since 1970.
 Instant = datetime | date | int | float

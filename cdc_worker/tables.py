@@ -75,7 +75,7 @@ async def look_at_tables(database: Database, mirrors: Mapping[int, Mirror]) -> N
                 cure="none needed: every row and document is looked at again",
             )
             await backfill.request(database, number, "tables changed")
-        # Last: who dies before it asks once more.
+        # Last: a worker that dies before it asks for the rescan once more.
         await database.execute(_NOTE, number, tables, files, columns)
 
 

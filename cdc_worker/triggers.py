@@ -102,8 +102,8 @@ def _changes(
         return [], set()
     unfed = _unfed(feeds, [have.get(trigger) for trigger in right], functions, shared_function_name(schema, table))
     return [
-        # Writers that called the functions as they were commit first: a rescan does not see their rows before. Of
-        # functions that feed what they fed nothing is missed.
+        # Writers that called the old functions must commit first: the rescan does not see their rows before. Where the
+        # new functions feed all that the old ones fed, nothing is missed.
         *([lock_out_writers(schema, table)] if unfed and not missing else []),
         *(create_function(name, body) for name, body in changed.items()),
         *_drops(schema, table, [trigger for trigger in have if have[trigger] != right.get(trigger)]),
