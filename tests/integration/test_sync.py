@@ -34,11 +34,6 @@ NOON_MS = 1772366400250.0
 
 
 @pytest.fixture
-def user() -> str:
-    return f"u-{uuid.uuid4().hex}"
-
-
-@pytest.fixture
 def mirrored(local_convex: LocalConvex, monkeypatch: pytest.MonkeyPatch) -> Mirrored:
     monkeypatch.setenv("CONVEX_URL", local_convex.url)
     monkeypatch.setenv("CONVEX_DEPLOY_KEY", local_convex.admin_key)
@@ -126,8 +121,8 @@ class Kind(str, Enum):  # noqa: UP042  # whose str() is its name
     CALL = "conversation"
 
 
-def test_what_a_mirror_would_take_is_taken_as_it_has_it(mirrored: Mirrored, user: str) -> None:
-    number, some_uuid = uuid.uuid4().int, uuid.UUID(int=7)
+def test_what_a_mirror_would_take_is_taken_as_it_has_it(mirrored: Mirrored) -> None:
+    number, some_uuid, of_a_user = uuid.uuid4().int, uuid.UUID(int=7), uuid.uuid4()
     for _ in range(2):
         sync_activity(number, Kind.CALL, some_uuid, date(2026, 3, 1), {"by": some_uuid}, idempotency_key=some_uuid)  # type: ignore[arg-type]
     assert mirrored.activities(str(number)) == [
@@ -139,8 +134,8 @@ def test_what_a_mirror_would_take_is_taken_as_it_has_it(mirrored: Mirrored, user
             "metadata": {"by": str(some_uuid)},
         }
     ]
-    sync_user_status(uuid.UUID(user[2:]), next_due=date(2026, 3, 1))
-    assert mirrored.status(str(uuid.UUID(user[2:]))) is not None
+    sync_user_status(of_a_user, next_due=date(2026, 3, 1))
+    assert mirrored.status(str(of_a_user)) is not None
 
 
 _FIT = {"user_id": "u", "type": "check-in", "description": "x", "timestamp": 1}
