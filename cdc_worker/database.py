@@ -235,8 +235,3 @@ async def begin(
 async def fetch(connection: Connection, statement: LiteralString, *params: Any) -> list[Row]:
     cursor = await connection.execute(statement, params or None)
     return await cursor.fetchall() if cursor.description is not None else []
-
-
-async def fetch_one(connection: Connection, statement: LiteralString, *params: Any) -> Row:
-    (row,) = await fetch(connection, statement, *params)
-    return row

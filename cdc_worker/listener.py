@@ -21,7 +21,7 @@ import structlog
 
 from cdc_worker.capture import CHANNEL, GATE
 from cdc_worker.checkpoint import Checkpoint
-from cdc_worker.database import GONE, Connection, Database, connect, cut_after, fetch_one
+from cdc_worker.database import GONE, Connection, Database, connect, cut_after, fetch
 from cdc_worker.errors import READ_ONLY, CdcError, SchemaError
 from cdc_worker.liveness import Liveness
 from cdc_worker.outbox import ring
@@ -82,11 +82,12 @@ class Bell:
         connection = await connect(dsn)
         try:
             with cut_after(connection, _DEADLINE_SECONDS + _ECHO_SECONDS):
-                (prepared,) = await fetch_one(connection, _TWO_PHASE)
+                ((prepared,),) = await fetch(connection, _TWO_PHASE)
                 if prepared:
                     raise NoBell("max_prepared_transactions is not 0, and what has notified cannot be prepared")
                 await connection.execute(_LISTEN)
-                bell = cls(connection, *(await fetch_one(connection, _SELF)), alone=alone)
+                ((pid, started_at),) = await fetch(connection, _SELF)
+                bell = cls(connection, pid, started_at, alone=alone)
                 await ring()
                 # Only listening from here: a pooler would hand a notification to a statement, but never to a wait.
                 if not await bell._ring(_ECHO_SECONDS):
@@ -145,7 +146,8 @@ class Bell:
 
     async def _ask(self, statement: Any, *params: int) -> tuple[Any, ...]:
         with cut_after(self._connection, _DEADLINE_SECONDS):
-            return await fetch_one(self._connection, statement, *params)
+            (row,) = await fetch(self._connection, statement, *params)
+        return row
 
 
 class Listener:

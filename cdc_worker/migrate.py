@@ -74,14 +74,17 @@ async def migrate(dsn: str, mirrors: Sequence[Mirror], *, shards: int = 1) -> No
 
 
 async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
-    if (await fetch(connection, _READ_ONLY))[0][0]:
+    ((read_only,),) = await fetch(connection, _READ_ONLY)
+    if read_only:
         raise SchemaError(READ_ONLY)
-    if (await fetch(connection, _WITHOUT_ENCODING))[0][0]:
+    ((without_encoding,),) = await fetch(connection, _WITHOUT_ENCODING)
+    if without_encoding:
         raise SchemaError(
             "this database has the encoding SQL_ASCII, which does not say what bytes mean, and Convex holds Unicode:"
             " dump it, and restore it into one with the encoding UTF8"
         )
-    if not_allowed := (await fetch(connection, _NOT_ALLOWED))[0][0]:
+    ((not_allowed,),) = await fetch(connection, _NOT_ALLOWED)
+    if not_allowed:
         raise SchemaError(
             f"the role in DATABASE_URL may not call {not_allowed}, and so each write to a mirrored table would fail:"
             f" `grant execute on function {not_allowed} to ...`"
@@ -99,7 +102,8 @@ async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
 
 async def _check_targets(connection: Connection, mirrors: Sequence[Mirror]) -> None:
     """Also those of mirrors that were taken out: their documents stayed."""
-    if not (await fetch(connection, "select to_regclass('cdc.mirror') is not null"))[0][0]:
+    ((exists,),) = await fetch(connection, "select to_regclass('cdc.mirror') is not null")
+    if not exists:
         return
     targets: dict[str, str | None] = dict(await fetch(connection, _TARGETS))
     problems = [
