@@ -10,7 +10,6 @@ import psycopg
 import structlog
 
 from cdc_worker import backfill
-from cdc_worker.catalog import Gaps, find_gaps
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.database import Database
 from cdc_worker.functions import Functions
@@ -24,6 +23,7 @@ from cdc_worker.registry import Registry
 from cdc_worker.rotation import rotate
 from cdc_worker.settings import Settings
 from cdc_worker.tables import look_at_tables
+from cdc_worker.triggers import Gaps, find_gaps
 
 log = structlog.get_logger()
 

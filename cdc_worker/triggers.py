@@ -1,6 +1,7 @@
-"""The triggers of the mirrored tables: made, changed and taken away, until they are as cdc_worker.toml asks."""
+"""The triggers of the mirrored tables: `migrate` brings them, the worker looks whether they are there."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import psycopg
 import structlog
@@ -20,7 +21,7 @@ from cdc_worker.capture import (
     trigger_name,
 )
 from cdc_worker.catalog import find_table
-from cdc_worker.database import Connection, fetch
+from cdc_worker.database import Connection, Database, fetch
 from cdc_worker.errors import SchemaError
 from cdc_worker.locks import between_writers
 from cdc_worker.mirrors import Mirror
@@ -41,12 +42,24 @@ select p.proname, p.prosrc from pg_proc p join pg_namespace n on n.oid = p.prona
 where n.nspname = 'cdc' and p.proname like 'capture\\_%'
 """
 # A statement fires the triggers of the table that it names, and of no other: partitions and heirs need their own.
-_HEIRS = """
-with recursive heir (oid) as (
-    select $1::oid union select i.inhrelid from pg_inherits i join heir on i.inhparent = heir.oid
+_FAMILY = """
+with recursive family (oid) as (
+    select $1::oid union select i.inhrelid from pg_inherits i join family on i.inhparent = family.oid
 )
-select c.oid, n.nspname, c.relname from heir
-join pg_class c on c.oid = heir.oid join pg_namespace n on n.oid = c.relnamespace where c.relkind in ('r', 'p')
+select c.oid, n.nspname, c.relname from family
+join pg_class c using (oid) join pg_namespace n on n.oid = c.relnamespace where c.relkind in ('r', 'p')
+"""
+_GAPS = """
+with recursive family (oid) as (
+    select to_regclass(name)::oid from unnest($1::text[]) as given (name) where to_regclass(name) is not null
+    union select i.inhrelid from pg_inherits i join family on i.inhparent = family.oid
+)
+select family.oid::regclass::text, count(*) filter (where t.tgenabled in ('A', 'O')) < 4
+from family join pg_class c on c.oid = family.oid and c.relkind in ('r', 'p')
+left join (pg_trigger t join pg_proc p on p.oid = t.tgfoid and p.pronamespace = to_regnamespace('cdc'))
+    on t.tgrelid = family.oid
+group by family.oid having count(*) filter (where t.tgenabled = 'A') < 4
+order by 1
 """
 
 
@@ -128,9 +141,9 @@ async def _wanted(
     for mirror in mirrors:
         for source in mirror.sources:
             oid, _, _ = await find_table(connection, mirror, source)
-            for heir, schema, table in await fetch(connection, _HEIRS, oid):
-                feeds.setdefault(heir, []).append(Feed(ids[mirror.name], source))
-                tables[heir] = (schema, table)
+            for member, schema, table in await fetch(connection, _FAMILY, oid):
+                feeds.setdefault(member, []).append(Feed(ids[mirror.name], source))
+                tables[member] = (schema, table)
     return {oid: (*tables[oid], tuple(found)) for oid, found in feeds.items()}
 
 
@@ -157,3 +170,20 @@ async def _change_table(
         raise SchemaError(
             f"{first_lines(error)}: the worker needs that name for its own trigger; rename yours"
         ) from None
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Source tables (and their partitions and heirs) whose changes are not seen, or were not for a while."""
+
+    # Triggers are missing or disabled.
+    bare: list[str]
+    # They were disabled, and somebody enabled them again: other than `migrate` does, which leaves a trace.
+    reenabled: list[str]
+
+
+async def find_gaps(database: Database, mirrors: Sequence[Mirror]) -> Gaps:
+    tables = list(dict.fromkeys(source.table for mirror in mirrors for source in mirror.sources))
+    async with database.transaction("read only") as connection:  # in the role's own search_path
+        found = await fetch(connection, _GAPS, tables)
+    return Gaps([name for name, is_bare in found if is_bare], [name for name, is_bare in found if not is_bare])
