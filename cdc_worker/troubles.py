@@ -37,7 +37,8 @@ class Troubles:
                 since_seconds=round(now - self._since),
                 cure="nothing is lost; trying on",
             )
-        return random.uniform(0.05, min(self._longest, _FIRST_PAUSE_SECONDS * 2.0 ** min(self._tries, 16)))  # noqa: S311
+        longest = min(self._longest, _FIRST_PAUSE_SECONDS * 2.0 ** min(self._tries, 16))
+        return random.uniform(0.05, longest)  # noqa: S311  # spreads tries, hides nothing
 
     def say_recovered(self) -> None:
         if self._tries:
