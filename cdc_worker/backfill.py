@@ -15,7 +15,7 @@ from cdc_worker.outbox import mark
 from cdc_worker.parking import mark_parked
 from cdc_worker.plan import Plan
 
-PAGE_KEYS = 1_000
+_PAGE_KEYS = 1_000
 _FOLLOWING = {"rows": "documents", "documents": "done"}
 
 # If `migrate` has changed a mirror since this process read cdc_worker.toml, its rescan is left to the worker that comes
@@ -98,9 +98,9 @@ async def _next_rows(connection: Connection, plan: Plan, after: str | None) -> l
     # One that was under way when the mirror got another key starts anew.
     parts = None if after is None else key_parts(after, plan.key_types)
     if parts is None:
-        found = await fetch(connection, plan.first_keys, PAGE_KEYS)
+        found = await fetch(connection, plan.first_keys, _PAGE_KEYS)
     else:
-        found = await fetch(connection, plan.next_keys, PAGE_KEYS, *parts)
+        found = await fetch(connection, plan.next_keys, _PAGE_KEYS, *parts)
     return [join_key(row) for row in found]
 
 
@@ -119,7 +119,7 @@ async def step(database: Database, plans: dict[int, Plan], list_documents: ListD
         if list_documents is None:
             return None
         # Before the transaction: Convex may take its time.
-        documents = await list_documents(plan, after, PAGE_KEYS)
+        documents = await list_documents(plan, after, _PAGE_KEYS)
     async with database.transaction() as connection:
         still = await fetch(connection, _TAKE, mirror_id, phase, after, plan.mirror.definition)
         if not still:
@@ -130,7 +130,7 @@ async def step(database: Database, plans: dict[int, Plan], list_documents: ListD
             keys, finished = documents, not documents
         else:
             keys = await _next_rows(connection, plan, after)
-            finished = len(keys) < PAGE_KEYS
+            finished = len(keys) < _PAGE_KEYS
         await mark(connection, mirror_id, keys)
         if phase == "rows" and finished:
             # What is parked may have neither a row nor a document any more: only so does it come to be settled.

@@ -20,8 +20,8 @@ _LIKELY_SECONDS = 0.003
 # For how long the bell is trusted; then comes one look, which also moves the position on.
 _LOOKOUT_SECONDS = 30.0
 # What may wait in memory. Bytes are the bound that matters; keys keep the lanes' own bookkeeping small.
-MOST_WAITING_BYTES = 8 * 1024 * 1024
-MOST_WAITING_KEYS = 10_000
+_MOST_WAITING_BYTES = 8 * 1024 * 1024
+_MOST_WAITING_KEYS = 10_000
 
 
 class Reader:
@@ -90,13 +90,16 @@ class Reader:
 
     async def _room(self) -> bool:
         """Waits until the lanes can take a page; False if stopped."""
-        while not self._stopping and (self._lanes.keys >= MOST_WAITING_KEYS or self._lanes.bytes >= MOST_WAITING_BYTES):
+        while self._is_full() and not self._stopping:
             self._liveness.rests(_READER)
             await self._disarm()
             self._freed.clear()
             await self._freed.wait()
         self._moved()
         return not self._stopping
+
+    def _is_full(self) -> bool:
+        return self._lanes.keys >= _MOST_WAITING_KEYS or self._lanes.bytes >= _MOST_WAITING_BYTES
 
     async def _step(self) -> bool:
         """Reads one page; False if it seems to be the last, so that it is time to rest."""
