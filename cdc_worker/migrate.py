@@ -36,6 +36,7 @@ where not has_function_privilege(name, 'execute')
 _REGISTER = "insert into cdc.mirror (name, definition) values ($1, '') on conflict (name) do nothing"
 _REGISTERED = "select id, name, definition from cdc.mirror"
 _CONFIGURE = "update cdc.mirror set definition = $2, target = $3, configured = true where id = $1"
+_HAS_MIRRORS = "select to_regclass('cdc.mirror') is not null"
 # Also of a schema cdc from before there was such a column, and of one that is not the worker's.
 _TARGETS = "select to_jsonb(m) ->> 'name', to_jsonb(m) ->> 'target' from cdc.mirror m"
 # One that comes back later is new: what changed meanwhile was captured by nobody.
@@ -102,7 +103,7 @@ async def _check_all(connection: Connection, mirrors: Sequence[Mirror]) -> None:
 
 async def _check_targets(connection: Connection, mirrors: Sequence[Mirror]) -> None:
     """Also those of mirrors that were taken out: their documents stayed."""
-    ((exists,),) = await fetch(connection, "select to_regclass('cdc.mirror') is not null")
+    ((exists,),) = await fetch(connection, _HAS_MIRRORS)
     if not exists:
         return
     targets: dict[str, str | None] = dict(await fetch(connection, _TARGETS))
