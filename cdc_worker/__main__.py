@@ -91,7 +91,7 @@ async def _run(worker: Worker) -> None:
             finally:
                 os._exit(1)
         asked = True
-        # Before it is said: that fails if who read the log is gone.
+        # Before it is said: that fails if the reader of the log is gone.
         worker.stop()
         log.info("worker.stop_requested", signal=name)
 
@@ -242,7 +242,7 @@ _MirrorOption = Annotated[str | None, typer.Option("--mirror", help="Only keys o
 @parked.command("list")
 def parked_list(
     mirror: _MirrorOption = None,
-    limit: Annotated[int, typer.Option(help="At most so many, the latest first.", min=1, max=10_000)] = 50,
+    limit: Annotated[int, typer.Option(help="How many at the most; the latest come first.", min=1, max=10_000)] = 50,
 ) -> None:
     """Show parked keys with their reasons."""
     settings, _ = _start()
