@@ -30,6 +30,7 @@ from cdc_worker.mirrors import Mirror, load_mirrors
 from cdc_worker.outbox import ring
 from cdc_worker.plan import Plan
 from cdc_worker.postgres_errors import cause, is_gone
+from cdc_worker.registry import known_mirrors
 from cdc_worker.replay import replay as mark_again
 from cdc_worker.settings import Settings, load_settings, unknown_settings
 from cdc_worker.worker import Worker
@@ -90,7 +91,7 @@ async def _run(worker: Worker) -> None:
             finally:
                 os._exit(1)
         asked = True
-        # Before it is said: that fails if who read the log is gone.
+        # Before it is said: that fails if the reader of the log is gone.
         worker.stop()
         log.info("worker.stop_requested", signal=name)
 
@@ -133,7 +134,7 @@ def backfill(
     """
     settings, mirrors = _start()
     chosen = _chosen(mirrors, mirror)
-    asyncio.run(_with_database(settings, lambda database: _backfill(database, chosen)))
+    asyncio.run(_with_database(settings, lambda database: _backfill(database, mirrors, chosen)))
 
 
 def _chosen(mirrors: Sequence[Mirror], name: str | None) -> list[Mirror]:
@@ -143,19 +144,8 @@ def _chosen(mirrors: Sequence[Mirror], name: str | None) -> list[Mirror]:
     return chosen
 
 
-async def _ids(database: Database, mirrors: Sequence[Mirror]) -> dict[str, int]:
-    known = await database.execute("select name, id, definition from cdc.mirror where configured")
-    definitions: dict[str, str] = {name: definition for name, _, definition in known}
-    for mirror in mirrors:
-        if mirror.name not in definitions:
-            raise SchemaError(f'mirror "{mirror.name}" is new to this database: run `cdc-worker migrate` first')
-        if definitions[mirror.name] != mirror.definition:
-            raise SchemaError(f'mirror "{mirror.name}" is not as the database knows it: run `cdc-worker migrate` first')
-    return {name: number for name, number, _ in known}
-
-
-async def _backfill(database: Database, mirrors: Sequence[Mirror]) -> None:
-    ids = await _ids(database, mirrors)
+async def _backfill(database: Database, mirrors: Sequence[Mirror], chosen: Sequence[Mirror]) -> None:
+    ids = await known_mirrors(database, mirrors)
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -165,7 +155,7 @@ async def _backfill(database: Database, mirrors: Sequence[Mirror]) -> None:
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
     ) as progress:
-        for mirror in mirrors:
+        for mirror in chosen:
             plan = await when_free(f'mirror "{mirror.name}"', partial(_plan, database, mirror), database.execute)
             await _backfill_one(database, ids[mirror.name], plan, progress)
 
@@ -179,7 +169,7 @@ async def _backfill_one(database: Database, mirror_id: int, plan: Plan, progress
     phase, marked = await rescans.state(database, mirror_id)
     resumed = phase == "rows"
     if not resumed:
-        await rescans.request(database, mirror_id, with_documents=True, reason="backfill command")
+        await rescans.request(database, mirror_id, "backfill command")
         marked = 0
     name = plan.mirror.name
     if progress.disable:  # the bar says the same
@@ -218,12 +208,12 @@ def replay(
     """
     settings, mirrors = _start()
     chosen = _chosen(mirrors, mirror)
-    asyncio.run(_with_database(settings, lambda database: _replay(database, chosen, hours)))
+    asyncio.run(_with_database(settings, lambda database: _replay(database, mirrors, chosen, hours)))
 
 
-async def _replay(database: Database, mirrors: Sequence[Mirror], hours: float) -> None:
-    ids = await _ids(database, mirrors)
-    done = await mark_again(database, [ids[mirror.name] for mirror in mirrors], hours)
+async def _replay(database: Database, mirrors: Sequence[Mirror], chosen: Sequence[Mirror], hours: float) -> None:
+    ids = await known_mirrors(database, mirrors)
+    done = await mark_again(database, [ids[mirror.name] for mirror in chosen], hours)
     log.info("replay.marked", keys=done.keys, since=_utc(done.since))
     if done.log_begins is not None and done.log_begins > done.since:
         log.warning(
@@ -252,7 +242,7 @@ _MirrorOption = Annotated[str | None, typer.Option("--mirror", help="Only keys o
 @parked.command("list")
 def parked_list(
     mirror: _MirrorOption = None,
-    limit: Annotated[int, typer.Option(help="At most so many, the latest first.", min=1, max=10_000)] = 50,
+    limit: Annotated[int, typer.Option(help="How many at the most; the latest come first.", min=1, max=10_000)] = 50,
 ) -> None:
     """Show parked keys with their reasons."""
     settings, _ = _start()

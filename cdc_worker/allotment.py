@@ -41,8 +41,8 @@ select c.shard::int, c.token, c.holder, c.holder = $1 or cdc.is_free(c.holder, c
                  select from cdc.checkpoint c where c.holder = w.name and cdc.is_dead(c.holder_pid)))
 from cdc.checkpoint c order by c.shard::int
 """
-# Whoever had it and is dead is not reckoned with any more: an even part would leave some of the shards to him. If it
-# was only his listener that died, he is back with his next look.
+# A dead holder is forgotten as a worker, too: otherwise an even part would leave some of the shards to it. If only its
+# listener died, it is back with its next look.
 _ACQUIRE = """
 with forgotten as (
     delete from cdc.worker as w using cdc.checkpoint as c
@@ -133,7 +133,7 @@ class Allotment:
 def fair_part(name: str, parts: Mapping[str, int], shards: int) -> int:
     """How many shards the worker `name` should have, given how many each has.
 
-    An even part; where that does not divide, one more for whoever comes first, but only when nobody lacks his own.
+    An even part. If a remainder is left, one more for whoever comes first, but only when every other has its even part.
     """
     least, over = divmod(shards, len(parts))
     lacking = any(count < least for other, count in parts.items() if other != name)

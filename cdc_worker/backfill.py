@@ -15,12 +15,13 @@ from cdc_worker.outbox import mark
 from cdc_worker.parking import mark_parked
 from cdc_worker.plan import Plan
 
-PAGE_KEYS = 1_000
+_PAGE_KEYS = 1_000
+_FOLLOWING = {"rows": "documents", "documents": "done"}
 
-# Of a mirror that `migrate` has changed since this process read cdc_worker.toml, the rescan is for the worker that
-# comes with the new one: by this one's query the documents are what they were.
+# If `migrate` has changed a mirror since this process read cdc_worker.toml, its rescan is left to the worker that comes
+# with the new file: this one's query would give the documents as they were.
 _NEXT = """
-select b.mirror, b.phase, b.with_documents, b.after, b.marked
+select b.mirror, b.phase, b.after, b.marked
 from cdc.backfill b join cdc.mirror m on m.id = b.mirror
 join unnest($1::int2[], $2::text[]) as known (mirror, definition) on known.mirror = m.id
 where b.phase <> 'done' and m.definition = known.definition order by b.requested_at limit 1
@@ -36,15 +37,15 @@ set phase = $2, after = $3, marked = marked + $4, again = $5,
     finished_at = case when $2 = 'done' then clock_timestamp() end
 where mirror = $1
 """
+# `with_documents` has no reader any more: every rescan has both phases.
 RESCAN = """
-insert into cdc.backfill (mirror, phase, with_documents, reason) values ($1, 'rows', $2, $3)
+insert into cdc.backfill (mirror, phase, with_documents, reason) values ($1, 'rows', true, $2)
 on conflict (mirror) do update set
     -- One that has begun to mark rows goes on to its end, and starts once more then: what it passed may have changed.
     again = cdc.backfill.phase = 'rows' and cdc.backfill.after is not null,
     phase = 'rows',
     after = case when cdc.backfill.phase = 'rows' then cdc.backfill.after end,
     marked = case when cdc.backfill.phase = 'rows' then cdc.backfill.marked else 0 end,
-    with_documents = excluded.with_documents or (cdc.backfill.with_documents and cdc.backfill.phase <> 'done'),
     reason = excluded.reason, requested_at = now(), finished_at = null
 """
 _CONFIGURED = "select id from cdc.mirror where configured"
@@ -64,15 +65,15 @@ class Step:
     total_marked: int
 
 
-async def request(database: Database, mirror_id: int, *, with_documents: bool, reason: str) -> None:
+async def request(database: Database, mirror_id: int, reason: str) -> None:
     """Asks for a rescan. One that is under way goes on, and starts once more at its end."""
-    await database.execute(RESCAN, mirror_id, with_documents, reason)
+    await database.execute(RESCAN, mirror_id, reason)
 
 
 async def request_all(database: Database, reason: str) -> None:
-    """Asks for a rescan of every configured mirror, documents included."""
+    """Asks for a rescan of every configured mirror."""
     for (mirror_id,) in await database.execute(_CONFIGURED):
-        await request(database, mirror_id, with_documents=True, reason=reason)
+        await request(database, mirror_id, reason)
 
 
 async def state(database: Database, mirror_id: int) -> tuple[str, int]:
@@ -97,9 +98,9 @@ async def _next_rows(connection: Connection, plan: Plan, after: str | None) -> l
     # One that was under way when the mirror got another key starts anew.
     parts = None if after is None else key_parts(after, plan.key_types)
     if parts is None:
-        found = await fetch(connection, plan.first_keys, PAGE_KEYS)
+        found = await fetch(connection, plan.first_keys, _PAGE_KEYS)
     else:
-        found = await fetch(connection, plan.next_keys, PAGE_KEYS, *parts)
+        found = await fetch(connection, plan.next_keys, _PAGE_KEYS, *parts)
     return [join_key(row) for row in found]
 
 
@@ -111,14 +112,14 @@ async def step(database: Database, plans: dict[int, Plan], list_documents: ListD
     rows = await database.execute(_NEXT, list(plans), [plan.mirror.definition for plan in plans.values()])
     if not rows:
         return None
-    mirror_id, phase, with_documents, after, total = rows[0]
+    mirror_id, phase, after, total = rows[0]
     plan = plans[mirror_id]
     documents: Sequence[str] = ()
     if phase == "documents":
         if list_documents is None:
             return None
         # Before the transaction: Convex may take its time.
-        documents = await list_documents(plan, after, PAGE_KEYS)
+        documents = await list_documents(plan, after, _PAGE_KEYS)
     async with database.transaction() as connection:
         still = await fetch(connection, _TAKE, mirror_id, phase, after, plan.mirror.definition)
         if not still:
@@ -126,15 +127,15 @@ async def step(database: Database, plans: dict[int, Plan], list_documents: ListD
         ((again,),) = still
         if phase == "documents":
             # They are listed by a query that may give fewer than asked for: only an empty page is the end.
-            keys, finished, following = documents, not documents, "done"
+            keys, finished = documents, not documents
         else:
             keys = await _next_rows(connection, plan, after)
-            finished, following = len(keys) < PAGE_KEYS, "documents" if with_documents else "done"
+            finished = len(keys) < _PAGE_KEYS
         await mark(connection, mirror_id, keys)
         if phase == "rows" and finished:
             # What is parked may have neither a row nor a document any more: only so does it come to be settled.
             await mark_parked(connection, mirror_id)
-        upcoming, moved_to = (following, None) if finished else (phase, keys[-1])
+        upcoming, moved_to = (_FOLLOWING[phase], None) if finished else (phase, keys[-1])
         if upcoming == "done" and again:
             upcoming, again = "rows", False
         await connection.execute(_MOVE, (mirror_id, upcoming, moved_to, len(keys), again))

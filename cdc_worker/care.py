@@ -10,7 +10,6 @@ import psycopg
 import structlog
 
 from cdc_worker import backfill
-from cdc_worker.catalog import Gaps, find_gaps
 from cdc_worker.checkpoint import Checkpoint
 from cdc_worker.database import Database
 from cdc_worker.functions import Functions
@@ -24,17 +23,18 @@ from cdc_worker.registry import Registry
 from cdc_worker.rotation import rotate
 from cdc_worker.settings import Settings
 from cdc_worker.tables import look_at_tables
+from cdc_worker.triggers import Gaps, find_gaps
 
 log = structlog.get_logger()
 
-# An idle worker looks so seldom, to cost next to nothing; one with a broken mirror looks for its mending.
+# Between two rounds: long, since an idle worker is to cost next to nothing; short if a mirror is broken.
 _SELDOM_SECONDS = 120.0
 _MENDING_SECONDS = 15.0
-# A mirror whose capture is broken asks for a rescan with each write: one begins in so many seconds.
+# A mirror whose capture is broken asks for a rescan with each write: at most one begins in this time.
 _RESCAN_SECONDS = 1.0
-# A mirror whose capture is broken asks for one with each write; that is said so seldom.
+# And at most one line in this time says that it asks.
 _RESCAN_REMINDER_SECONDS = 60.0
-# Tables without triggers are said so seldom while they last: nothing else tells of the changes that are not seen.
+# Tables without triggers are named again after this time: nothing else tells of the changes that are not seen.
 _MISSING_REMINDER_SECONDS = 300.0
 
 
@@ -90,7 +90,7 @@ class Care:
                     cause="a source was truncated, or lost a column that capture needs",
                     cure="none needed if truncated; otherwise mend cdc_worker.toml, run migrate, restart the worker",
                 )
-            await backfill.request(self._database, mirror_id, with_documents=True, reason="source truncated or changed")
+            await backfill.request(self._database, mirror_id, "source truncated or changed")
         self._soon.set()
 
     async def run(self, reader: Reader) -> None:
@@ -162,7 +162,7 @@ class Care:
             )
         again = {*self._gaps.bare, *gaps.reenabled} - {*gaps.bare, *self._gaps.reenabled}
         if again:
-            # What came before them was captured by nobody: a restore makes triggers last, or disables them meanwhile.
+            # Nobody captured what was written before: a restore makes triggers last, or disables them meanwhile.
             log.warning(
                 "capture.restored",
                 tables=sorted(again),
@@ -173,7 +173,7 @@ class Care:
         self._gaps = gaps
 
     async def _note_saves(self) -> None:
-        """Each side is told now and then how far the other was: who was set back since then is found out by it."""
+        """Tells each side now and then how far the other was: so a side that is set back later is found out."""
         saves = self._checkpoint.saves
         if saves == self._noted_saves:
             return

@@ -5,13 +5,12 @@ by `migrate` alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import LiteralString
 
 import psycopg
 from psycopg import sql
 
-from cdc_worker.database import Connection, Database, fetch
+from cdc_worker.database import Connection, fetch
 from cdc_worker.errors import ConfigError
 from cdc_worker.mirrors import Mirror, Source
 from cdc_worker.plan import JSON_COLUMNS, OPTIONAL, REQUIRED, TIME_COLUMNS, Plan, make_plan
@@ -51,18 +50,6 @@ with recursive family (oid) as (
     select $1::oid union select i.inhrelid from pg_inherits i join family on i.inhparent = family.oid
 )
 select string_agg(oid::regclass::text, ', ') from family join pg_class c using (oid) where c.relkind = 'f'
-"""
-_UNCAPTURED = """
-with recursive family (oid) as (
-    select to_regclass(name)::oid from unnest($1::text[]) as given (name) where to_regclass(name) is not null
-    union select i.inhrelid from pg_inherits i join family on i.inhparent = family.oid
-)
-select family.oid::regclass::text, count(*) filter (where t.tgenabled in ('A', 'O')) < 4
-from family join pg_class c on c.oid = family.oid and c.relkind in ('r', 'p')
-left join (pg_trigger t join pg_proc p on p.oid = t.tgfoid and p.pronamespace = to_regnamespace('cdc'))
-    on t.tgrelid = family.oid
-group by family.oid having count(*) filter (where t.tgenabled = 'A') < 4
-order by 1
 """
 # TRIGGER would do for `create trigger`, but `enable always` wants the owner, or a member of that role. Tables that have
 # all of their triggers are left as they are.
@@ -196,23 +183,6 @@ async def find_table(connection: Connection, mirror: Mirror, source: Source) -> 
     if schema == "cdc":
         raise _wrong(mirror, f"source {source.table} belongs to the worker itself")
     return oid, schema, name
-
-
-@dataclass(frozen=True)
-class Gaps:
-    """Source tables (and their partitions and heirs) whose changes are not seen, or were not for a while."""
-
-    # Triggers are missing or disabled.
-    bare: list[str]
-    # They were disabled, and somebody enabled them again: other than `migrate` does, which leaves a trace.
-    reenabled: list[str]
-
-
-async def find_gaps(database: Database, mirrors: Sequence[Mirror]) -> Gaps:
-    tables = list(dict.fromkeys(source.table for mirror in mirrors for source in mirror.sources))
-    async with database.transaction("read only") as connection:  # in the role's own search_path
-        found = await fetch(connection, _UNCAPTURED, tables)
-    return Gaps([name for name, is_bare in found if is_bare], [name for name, is_bare in found if not is_bare])
 
 
 async def _check_source(connection: Connection, mirror: Mirror, source: Source, key_types: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from cdc_worker.liveness import Liveness
 
 Row = tuple[Any, ...]
 
-# For a connection of the pool's, a new one or one that others are done with.
+# How long to wait for a connection of the pool: a new one, or one that others give back.
 _CONNECT_SECONDS = 10
 # For each address of the host: one that is dead, before one that is well, must leave time for that.
 _ADDRESS_SECONDS = 5
@@ -73,7 +73,7 @@ class _Limits:
 class Connection(AsyncConnection[Row]):
     """A connection that is given up with the task that waits for it."""
 
-    # Of one that the pool has made. A page reads with as many statements as it likes: the limit is of each.
+    # Set on the pool's connections. The limit is for each statement: a page may have as many as it needs.
     limits: _Limits | None = None
 
     async def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
@@ -112,7 +112,7 @@ class Database:
         self._dsn = dsn
         self._statement_seconds = statement_seconds
         self._most_connections = 2 + 2 * shards
-        # Of a process that lives long; one that nobody has started watches nothing.
+        # A command has none: one that is never started watches nothing.
         self._liveness = liveness if liveness is not None else Liveness(math.inf)
         self._pool = self._new_pool()
 
@@ -235,8 +235,3 @@ async def begin(
 async def fetch(connection: Connection, statement: LiteralString, *params: Any) -> list[Row]:
     cursor = await connection.execute(statement, params or None)
     return await cursor.fetchall() if cursor.description is not None else []
-
-
-async def fetch_one(connection: Connection, statement: LiteralString, *params: Any) -> Row:
-    (row,) = await fetch(connection, statement, *params)
-    return row

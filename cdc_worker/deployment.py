@@ -182,16 +182,16 @@ def _decode(status: int, text: bytes) -> Any:
         raise FunctionFailed(f"{said}: {_REFUSALS[status]}")
     if 300 <= status < 400:
         raise Misconfigured(f"{said}: CONVEX_URL is redirected; give the deployment's own address")
-    # Too many at once, or a conflict that Convex' own retries did not solve: it did not run. Who is in between says 503
-    # without a code, and may say so of a request that it has passed on.
+    # Too many at once, or a conflict that Convex' own retries did not solve: it did not run. A proxy's 503 has no
+    # code, and may be about a request that it has passed on.
     if status == 429 or (status == 503 and code):
         raise Overloaded(said)
     raise Transient(said)
 
 
 def _parse(text: bytes) -> Any:
-    """The JSON of an answer. Convex says neither NUL nor half of a surrogate pair; of whoever does, they become a `?`,
-    since neither Postgres nor a log takes them.
+    """The JSON of an answer. NUL and halves of surrogate pairs become a `?`, since neither Postgres nor a log takes
+    them. Convex itself sends none.
     """
     answer = json.loads(text)
     return _speakable(answer) if b"\\u0000" in text or b"\\ud" in text.lower() else answer

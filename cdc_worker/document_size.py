@@ -43,4 +43,5 @@ def _utf8(string: bytes) -> bytes:
     """What is between a JSON string's quotes, without escapes."""
     if b"\\" not in string:
         return string
-    return json.loads(f'"{string.decode()}"').encode(errors="surrogatepass")  # type: ignore[no-any-return]
+    text: str = json.loads(f'"{string.decode()}"')
+    return text.encode(errors="surrogatepass")

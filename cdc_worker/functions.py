@@ -110,7 +110,7 @@ class Functions:
 
 
 async def _unrefused(answer: Awaitable[T]) -> T:
-    """Of a call that no arguments are refused for: whatever is amiss concerns all of Convex."""
+    """The answer of a call whose arguments are never at fault: if it fails, something is wrong with all of Convex."""
     try:
         return await answer
     except FunctionFailed as failure:

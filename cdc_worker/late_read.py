@@ -23,7 +23,7 @@ _LARGE_ROW_BYTES = 16_384
 # All documents of a page together, unless a single one is larger.
 _PAGE_BYTES = 8 * 1024 * 1024
 _NO_LIMIT = 2_147_483_647
-# A page whose query passed the time limit is read again with one row in so many.
+# A page whose query passed the time limit is read again with its rows divided by this.
 _SLOW_SHARE = 8
 
 # Whether a table behind the sources ($1) has another file than in this snapshot, to which it is empty now; or whether

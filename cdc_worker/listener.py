@@ -6,23 +6,35 @@ advisory lock. Capture tries it shared, and rings only if that fails; the worker
 has nothing to do, looks once more, and then waits. A writer that got the lock is seen by that last look, or
 keeps the worker from the gate as long as its transaction is open: then the worker polls.
 
-Of several readers one keeps the gate, and the others sleep behind it: a writer's ring wakes all. Who opens the gate
-rings, too, so that one of those who sleep on closes it again.
+Of several readers one keeps the gate, and the others sleep behind it: a writer's ring wakes all. The one that opens the
+gate rings, too, so that one of the others, which go on sleeping, closes it again.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
+import psycopg
+import structlog
+
 from cdc_worker.capture import CHANNEL, GATE
-from cdc_worker.database import Connection, Database, connect, cut_after, fetch_one
-from cdc_worker.errors import CdcError
+from cdc_worker.checkpoint import Checkpoint
+from cdc_worker.database import GONE, Connection, Database, connect, cut_after, fetch
+from cdc_worker.errors import READ_ONLY, CdcError, SchemaError
+from cdc_worker.liveness import Liveness
+from cdc_worker.outbox import ring
+from cdc_worker.settings import Settings
+
+log = structlog.get_logger()
 
 # The self-test's NOTIFY comes back at once, or it never will (a pooler in between).
 _ECHO_SECONDS = 2.0
 # Every statement on this connection: trivial, so a slow answer means a dead link.
 _DEADLINE_SECONDS = 5.0
+# How often a direct connection is tried anew that was out of reach when the session began.
+_RECOVERY_SECONDS = 60.0
 
 _LISTEN = f"listen {CHANNEL}"
 _TWO_PHASE = "select current_setting('max_prepared_transactions') <> '0'"
@@ -70,11 +82,12 @@ class Bell:
         connection = await connect(dsn)
         try:
             with cut_after(connection, _DEADLINE_SECONDS + _ECHO_SECONDS):
-                (prepared,) = await fetch_one(connection, _TWO_PHASE)
+                ((prepared,),) = await fetch(connection, _TWO_PHASE)
                 if prepared:
                     raise NoBell("max_prepared_transactions is not 0, and what has notified cannot be prepared")
                 await connection.execute(_LISTEN)
-                bell = cls(connection, *(await fetch_one(connection, _SELF)), alone=alone)
+                ((pid, started_at),) = await fetch(connection, _SELF)
+                bell = cls(connection, pid, started_at, alone=alone)
                 await ring()
                 # Only listening from here: a pooler would hand a notification to a statement, but never to a wait.
                 if not await bell._ring(_ECHO_SECONDS):
@@ -133,4 +146,68 @@ class Bell:
 
     async def _ask(self, statement: Any, *params: int) -> tuple[Any, ...]:
         with cut_after(self._connection, _DEADLINE_SECONDS):
-            return await fetch_one(self._connection, statement, *params)
+            (row,) = await fetch(self._connection, statement, *params)
+        return row
+
+
+class Listener:
+    """The bell of one session: opened where LISTEN works, done without elsewhere, and taken when it comes later."""
+
+    def __init__(
+        self, settings: Settings, database: Database, checkpoint: Checkpoint, liveness: Liveness, *, alone: bool
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._checkpoint = checkpoint
+        self._liveness = liveness
+        self._alone = alone
+        # None: the reader polls.
+        self.bell: Bell | None = None
+        # LISTEN_DATABASE_URL may come back; a pooler stays a pooler.
+        self._may_come = False
+
+    async def open(self) -> None:
+        """Opens the bell, or says why there is none. Raises SchemaError for a standby."""
+        try:
+            self.bell = await self._new_bell()
+        except psycopg.errors.ReadOnlySqlTransaction:
+            raise SchemaError(READ_ONLY) from None
+        except NoBell as error:
+            cause = str(error)
+        except GONE:
+            if self._settings.listen_database_url is None:
+                raise
+            cause = "LISTEN_DATABASE_URL is out of reach"
+            self._may_come = True
+        else:
+            await self._checkpoint.note_listener(self.bell.pid)
+            return
+        log.warning(
+            "listen.unavailable",
+            cause=cause,
+            poll_seconds=self._settings.poll_seconds,
+            cure="polling meanwhile; a direct connection in LISTEN_DATABASE_URL makes it quicker",
+        )
+
+    async def _new_bell(self) -> Bell:
+        direct = self._settings.listen_database_url or self._settings.database_url
+        with self._liveness.waits_for("a connection that listens"):
+            return await Bell.open(direct.get_secret_value(), lambda: ring(self._database), alone=self._alone)
+
+    async def recover(self) -> None:
+        """Goes from polling to listening as soon as LISTEN_DATABASE_URL is within reach."""
+        while self._may_come and self.bell is None:
+            await asyncio.sleep(_RECOVERY_SECONDS)
+            with contextlib.suppress(NoBell, *GONE):
+                self.bell = await self._new_bell()
+        if self._may_come and self.bell is not None:
+            await self._checkpoint.note_listener(self.bell.pid)
+            log.info("listen.recovered", cure="none needed: changes ring again")
+
+    async def end_backend(self) -> None:
+        if self.bell is not None:
+            await self.bell.end_backend(self._database)
+
+    async def close(self) -> None:
+        if self.bell is not None:
+            await self.bell.close()

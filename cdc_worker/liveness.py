@@ -1,4 +1,4 @@
-"""Liveness is progress: who has something to do must come to an end of it, well or badly, within a stated time.
+"""Liveness is progress: whatever is begun must come to an end, well or badly, within a stated time.
 
 A failed attempt is progress: an outage of hours is waited out by retrying, and a restart would only add the
 platform's own delay for processes that crash. What this catches is a wait that nothing ends: then the process
@@ -20,7 +20,7 @@ import structlog
 log = structlog.get_logger()
 
 _LOOP = "its own event loop"
-# For the last line. Who reads the log may be what hangs.
+# For the last line: what hangs may be the reader of the log.
 _SAY_SECONDS = 5.0
 
 
@@ -31,12 +31,12 @@ class Liveness:
         self._limit_seconds = limit_seconds
         self._give_up = give_up
         self._where = ""
-        # By who it is, or by each single wait.
+        # By name, or by a key of its own for each single wait.
         self._since: dict[object, tuple[str, float]] = {}
         self._ended = threading.Event()
 
     def within(self, where: str) -> Self:
-        """The same, for those who have the same names elsewhere."""
+        """The same, with the place added to each name: several shards have the same ones."""
         part = copy.copy(self)
         vars(part)["_where"] = f" ({where})"
         return part

@@ -1,12 +1,14 @@
 """Locks of others in a command's way: they are waited for, and then it is said who holds them."""
 
+import itertools
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import LiteralString, TypeVar
 
 import structlog
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random
 
-from cdc_worker.database import Row
+from cdc_worker.database import Connection, Row, begin, fetch
 from cdc_worker.errors import SchemaError
 from cdc_worker.postgres_errors import LOCKED, first_lines
 
@@ -15,6 +17,20 @@ T = TypeVar("T")
 
 # An ALTER TABLE that rewrites may take longer: whoever migrates should hear of it while it lasts.
 _PATIENCE_SECONDS = 30.0
+# A trigger's DDL waits for the table's writers, and new writers wait behind it: never for longer than this.
+_TABLE_LOCK_TIMEOUT = "set local lock_timeout = '300ms'"
+_TABLE_SECONDS = 60.0
+# Except once: an autovacuum, which may last on a large table, gives way to whoever has waited for `deadlock_timeout`.
+_PATIENT_TRY = 10
+_PAST_AUTOVACUUM = """
+select set_config('lock_timeout', (s.setting::int + 300)::text, true) from pg_settings s
+where s.name = 'deadlock_timeout' and s.setting::int <= 1000 and exists (
+    select from pg_locks l join pg_stat_activity a on a.pid = l.pid
+    where l.relation = $1 and l.granted and l.mode = 'ShareUpdateExclusiveLock' and a.usesysid is null
+      and a.datname = current_database()
+)
+"""
+_STATEMENT_SECONDS = 60.0
 
 # Those in front of whom all others wait come first. What they are at is not asked for: it can quote rows.
 _HOLDERS = """
@@ -40,7 +56,7 @@ async def when_free(
 ) -> T:
     """The outcome of `work` on `what`, tried again while a lock is in its way. `execute` asks who holds it.
 
-    Raises SchemaError that names them after so many seconds (half a minute, unless told otherwise).
+    Raises SchemaError that names the holders after `seconds` (half a minute, unless told otherwise).
     """
 
     async def once() -> T:
@@ -63,3 +79,37 @@ async def when_free(
         said = f"wait for its end, or end it: {held}" if held else "nobody holds a lock any more"
         raise SchemaError(f"{what}: {first_lines(error)}; {said}: run it again then") from None
     return value
+
+
+async def commit_when_free(
+    connection: Connection, what: str, work: Callable[[], Awaitable[T]], seconds: float | None = None
+) -> T:
+    """`when_free`, with `work` in a transaction of its own each time."""
+    return await when_free(what, partial(_transaction, connection, work), partial(fetch, connection), seconds)
+
+
+async def _transaction(connection: Connection, work: Callable[[], Awaitable[T]]) -> T:
+    await begin(connection, "", statement_seconds=_STATEMENT_SECONDS)
+    try:
+        result = await work()
+    except BaseException:
+        await connection.rollback()
+        raise
+    await connection.commit()
+    return result
+
+
+async def between_writers(connection: Connection, what: str, work: Callable[[], Awaitable[None]], oid: int = 0) -> None:
+    """Runs `work`, on the table `oid`, in a transaction, as often as it takes until its locks are free for the asking.
+
+    Raises SchemaError if they never are.
+    """
+    tries = itertools.count(1)
+
+    async def impatient() -> None:
+        await connection.execute(_TABLE_LOCK_TIMEOUT)
+        if next(tries) == _PATIENT_TRY:
+            await connection.execute(_PAST_AUTOVACUUM, (oid,))
+        await work()
+
+    await commit_when_free(connection, what, impatient, _TABLE_SECONDS)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 # While it lasts, one line in so many seconds.
 _REMINDER_SECONDS = 300.0
-# After a first outage the next is said when it comes; of a link that comes and goes less and less is said.
+# An outage so soon after one that was said is not said. The time doubles for a link that comes and goes.
 _SILENCE_SECONDS = 0.2
 _FIRST_PAUSE_SECONDS = 0.1
 _LEAST_SECONDS = 0.5
@@ -61,7 +61,7 @@ class Outage:
         self._say(error)
 
     async def _sleep(self, seconds: float) -> None:
-        """As long as that, or until somebody else gets through; but a while at least, lest one undo its own backoff."""
+        """Sleeps so long, or until another request gets through; but a while at least, to keep its own backoff."""
         least = min(seconds, _LEAST_SECONDS)
         await asyncio.sleep(least)
         with contextlib.suppress(TimeoutError):

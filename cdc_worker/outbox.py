@@ -75,7 +75,7 @@ class Page:
 # which leaves out transactions that were rolled back. Each row that is taken has a key of the shard for the page, but
 # for the one in which the page before ended; rows are put in order before they are taken apart, so that no more of
 # them are fetched than the page has room for.
-PAGE = """
+_PAGE = """
 select mirror, k.key, xid::text, id - cardinality(keys) + k.place as key_id,
        greatest(extract(epoch from clock_timestamp() - at), 0)::float8
 from (
@@ -117,7 +117,7 @@ select count(*) from (
 """
 _RING = "select pg_notify($1, '')"
 # As many keys in a row as capture writes (capture.py).
-MARK = """
+_MARK = """
 insert into cdc.outbox (slot, mirror, keys)
 select cdc.written(), $1, array_agg(key) from unnest($2::text[]) with ordinality as new (key, place)
 group by (place - 1) / 64
@@ -144,7 +144,7 @@ async def read_page(connection: Connection, shard: Shard, now: str, position: Po
     """The shard's next rows of the log. `connection` is in a repeatable-read transaction, whose snapshot is `now`."""
     end = position.window_end or now
     after = (str(position.after_xid), position.after_id)
-    found = await fetch(connection, PAGE, position.snapshot, end, *after, limit, shard.of, shard.number)
+    found = await fetch(connection, _PAGE, position.snapshot, end, *after, limit, shard.of, shard.number)
     rows = [LogRow(mirror, key, int(xid), row_id) for mirror, key, xid, row_id, _ in found]
     age = max((seconds for *_, seconds in found), default=0.0)
     page = Page(position.snapshot, rows, Position(end), age)
@@ -158,4 +158,4 @@ async def ring(database: Database) -> None:
 
 async def mark(connection: Connection, mirror_id: int, keys: Sequence[str]) -> None:
     """Makes keys dirty: this is all that backfill, repair and retry do."""
-    await connection.execute(MARK, (mirror_id, list(keys)))
+    await connection.execute(_MARK, (mirror_id, list(keys)))

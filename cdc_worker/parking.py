@@ -72,8 +72,8 @@ select count(*) from gone
 
 # Of one batch.
 _REASONS_SAID = 5
-# Keys that come one after the other for one cause are said so seldom: those of a broken mirror, which has been said
-# itself (`mirror.broken`), and those that Convex refuses, each by itself: its functions may refuse every key there is.
+# Keys that come one after the other for one cause are said once in this time: those of a broken mirror, which
+# `mirror.broken` has named, and those that Convex refuses one by one: its functions may refuse every key there is.
 _SAID_SELDOM = {"mirror", "refused"}
 _REMINDER_SECONDS = 60.0
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from cdc_worker.database import Database
 from cdc_worker.lanes import Lanes
 from cdc_worker.late_read import LateReader
-from cdc_worker.listener import Bell
+from cdc_worker.listener import Bell, Listener
 from cdc_worker.liveness import Liveness
 from cdc_worker.outbox import Position, Shard, look
 from cdc_worker.registry import MirrorState
@@ -17,11 +17,11 @@ _READER = "the log in Postgres"
 # its NOTIFY to writers. It is a busy time when the bell rings within so long after a page was read.
 _FIRST_PAUSE_SECONDS = 0.002
 _LIKELY_SECONDS = 0.003
-# The bell is trusted for so long; then one look, which also moves the position on.
+# For how long the bell is trusted; then comes one look, which also moves the position on.
 _LOOKOUT_SECONDS = 30.0
 # What may wait in memory. Bytes are the bound that matters; keys keep the lanes' own bookkeeping small.
-MOST_WAITING_BYTES = 8 * 1024 * 1024
-MOST_WAITING_KEYS = 10_000
+_MOST_WAITING_BYTES = 8 * 1024 * 1024
+_MOST_WAITING_KEYS = 10_000
 
 
 class Reader:
@@ -30,7 +30,7 @@ class Reader:
     def __init__(
         self,
         database: Database,
-        bell: Bell | None,
+        listener: Listener,
         mirrors: Mapping[int, MirrorState],
         lanes: Lanes,
         position: Position,
@@ -44,7 +44,7 @@ class Reader:
     ) -> None:
         self._liveness = liveness
         self._database = database
-        self._bell = bell
+        self._listener = listener
         self._shard = shard
         # The gate is closed: whatever was committed since, and is not read, has rung or will ring.
         self._armed = False
@@ -60,15 +60,11 @@ class Reader:
         self._wake = asyncio.Event()
         # The lanes have given something up.
         self._freed = asyncio.Event()
-        # The last look found nothing: whoever has time may add work of his own.
+        # The last look found nothing: there is time for a rescan.
         self.caught_up = asyncio.Event()
 
     def _moved(self) -> None:
         self._liveness.moved(_READER)
-
-    def listen(self, bell: Bell) -> None:
-        """There is a bell now, where there was none."""
-        self._bell = bell
 
     def wake(self) -> None:
         self._wake.set()
@@ -94,7 +90,7 @@ class Reader:
 
     async def _room(self) -> bool:
         """Waits until the lanes can take a page; False if stopped."""
-        while not self._stopping and (self._lanes.keys >= MOST_WAITING_KEYS or self._lanes.bytes >= MOST_WAITING_BYTES):
+        while self._is_full() and not self._stopping:
             self._liveness.rests(_READER)
             await self._disarm()
             self._freed.clear()
@@ -102,8 +98,11 @@ class Reader:
         self._moved()
         return not self._stopping
 
+    def _is_full(self) -> bool:
+        return self._lanes.keys >= _MOST_WAITING_KEYS or self._lanes.bytes >= _MOST_WAITING_BYTES
+
     async def _step(self) -> bool:
-        """Reads one page; False if it was the last, as far as can be known: then it is worth to rest a while."""
+        """Reads one page; False if it seems to be the last, so that it is time to rest."""
         self._number += 1
         readings = await self._late.read(self.position, self._number)
         page = readings.page
@@ -120,20 +119,22 @@ class Reader:
 
     async def _rest(self) -> None:
         """Returns when there may be something to read: rung, polled, or woken."""
-        if self._armed and self._bell is not None:
-            return await self._listen(self._bell)
+        if self._armed and self._listener.bell is not None:
+            return await self._listen(self._listener.bell)
         seconds = _FIRST_PAUSE_SECONDS
         while not await self._pause(seconds) and not await self._something():
-            if seconds > _LIKELY_SECONDS and self._bell is not None and await self._bell.arm():
+            if seconds > _LIKELY_SECONDS and self._listener.bell is not None and await self._listener.bell.arm():
                 self._armed = True
                 # A writer that found the gate open is seen by this look; one that comes later rings.
-                return None if await self._something() else await self._listen(self._bell)
+                return None if await self._something() else await self._listen(self._listener.bell)
             seconds = min(seconds * 2, self._poll_seconds)
         return None
 
     async def _listen(self, bell: Bell) -> None:
-        """Sleeps behind the closed gate, which stays closed while the page is read, unless it is a busy time. One that
-        another reader keeps may have been opened with this very ring.
+        """Sleeps behind the closed gate until there is something to read.
+
+        The gate then stays closed while that is read; not in a busy time, and not if another reader keeps it, which may
+        have opened it with this very ring.
         """
         began = time.monotonic()
         while not await bell.wait(self._wake, _LOOKOUT_SECONDS):
@@ -145,9 +146,9 @@ class Reader:
         return None
 
     async def _disarm(self) -> None:
-        if self._armed and self._bell is not None:
+        if self._armed and self._listener.bell is not None:
             self._armed = False
-            await self._bell.disarm()
+            await self._listener.bell.disarm()
 
     async def _pause(self, seconds: float) -> bool:
         """True if woken."""

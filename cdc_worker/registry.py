@@ -9,11 +9,11 @@ import structlog
 from cdc_worker.catalog import check
 from cdc_worker.database import Connection, Database
 from cdc_worker.errors import ConfigError, SchemaError
-from cdc_worker.migrate import load_migrations
 from cdc_worker.mirrors import Mirror
 from cdc_worker.parking import Parking
 from cdc_worker.plan import Plan
 from cdc_worker.postgres_errors import LOCKED, cause, first_lines, is_of_the_query, is_surely_gone, try_key
+from cdc_worker.schema import load_migrations
 
 log = structlog.get_logger()
 
@@ -52,7 +52,7 @@ class Registry:
 
     async def load(self) -> None:
         """Reads what `migrate` noted. Raises SchemaError as `known_mirrors` does."""
-        for number, name in await known_mirrors(self._database, self._config.values()):
+        for name, number in (await known_mirrors(self._database, self._config.values())).items():
             self.states[number] = MirrorState(number, name, None, retired=name not in self._config)
         await self.mend()
 
@@ -114,8 +114,8 @@ class Registry:
                 raise ConfigError(cause(error)) from None
 
 
-async def known_mirrors(database: Database, config: Collection[Mirror]) -> list[tuple[int, str]]:
-    """The number and the name of each mirror that `migrate` ever noted.
+async def known_mirrors(database: Database, config: Collection[Mirror]) -> dict[str, int]:
+    """By name, the number of each mirror that `migrate` ever noted.
 
     Raises SchemaError if it has not run, or not with this configuration.
     """
@@ -131,9 +131,9 @@ async def known_mirrors(database: Database, config: Collection[Mirror]) -> list[
         if definitions.pop(mirror.name, None) != mirror.definition:
             raise SchemaError(f'mirror "{mirror.name}" is not as the database knows it: run `cdc-worker migrate`')
     # Another worker's file, or an older one: the changes of such a mirror would be passed over, and lost to it.
-    for name in sorted(definitions):
+    if definitions:
         raise SchemaError(
-            f'the database has mirror "{name}", and this worker\'s cdc_worker.toml lacks it: restart it with the'
-            " file that `cdc-worker migrate` had last, or run that with this one, which retires the mirror"
+            f'the database has mirror "{min(definitions)}", and this cdc_worker.toml lacks it: start with the file that'
+            " `cdc-worker migrate` had last, or run that with this one, which retires the mirror"
         )
-    return [(number, name) for number, name, _, _ in known]
+    return {name: number for number, name, _, _ in known}

@@ -38,7 +38,7 @@ from known, generate_series(0, $1::int - 1) as number
 
 
 async def divide(connection: Connection, shards: int) -> None:
-    """Makes it so many shards, if it is another number. Whoever reads an old one is fenced."""
+    """Makes `shards` of them, if their number is another one. Readers of the old ones are fenced."""
     await connection.execute(_LOCK)
     ((before,),) = await fetch(connection, _COUNT)
     if before != shards:

@@ -59,11 +59,13 @@ async def rotate(database: Database, *, retention_hours: float, partition_bytes:
 
 
 async def _turn(connection: Connection, slot: int) -> bool:
-    if not (await fetch(connection, _TRY))[0][0]:
+    ((is_free,),) = await fetch(connection, _TRY)
+    if not is_free:
         return False
     await connection.execute(_LOCK_TIMEOUT)
     await connection.execute(_LOCK.format(slot=slot))
-    if (await fetch(connection, _NEEDED.format(slot=slot)))[0][0]:
+    ((needed,),) = await fetch(connection, _NEEDED.format(slot=slot))
+    if needed:
         return False
     await connection.execute(_TRUNCATE.format(slot=slot))
     await connection.execute(_TURN.format(slot=slot))

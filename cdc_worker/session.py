@@ -13,10 +13,9 @@ from cdc_worker.care import Care
 from cdc_worker.checkpoint import Checkpoint, Held
 from cdc_worker.database import GONE, Database
 from cdc_worker.deployment import Deployment
-from cdc_worker.errors import READ_ONLY, SchemaError
 from cdc_worker.functions import Functions
 from cdc_worker.lanes import Lanes
-from cdc_worker.listener import Bell, NoBell
+from cdc_worker.listener import Listener
 from cdc_worker.liveness import Liveness
 from cdc_worker.mirrors import Mirror
 from cdc_worker.opening import Known, Opened, open_shard
@@ -31,12 +30,10 @@ from cdc_worker.settings import Settings
 
 log = structlog.get_logger()
 
-# How often a direct connection is tried anew that was out of reach when the session began.
-_BELL_SECONDS = 60.0
 # A checkpoint for each batch would cost a commit each; what is acknowledged and not yet noted is only delivered twice.
 _CHECKPOINT_SECONDS = 0.1
-# The position of an idle shard moves on with each look; that is worth a commit now and then, for rotation's sake:
-# once in so many heartbeats.
+# The position of an idle shard moves on with each look. For rotation's sake it is saved now and then, too: once in this
+# number of heartbeats.
 _UNMOVED_HEARTBEATS = 2
 # What a stop does behind its drain, for a platform that kills 30 s after its signal: noting how far it got, letting go.
 _LAST_SAVE_SECONDS = 2.0
@@ -79,10 +76,8 @@ class Session:
         self._tally = tally
         self._settled = asyncio.Event()
         self._saved: Position | None = None
-        self._bell: Bell | None = None
+        self._listener = Listener(settings, database, self._checkpoint, self._liveness, alone=shard.of == 1)
         self._reader: Reader | None = None
-        # LISTEN_DATABASE_URL may come back; a pooler stays a pooler.
-        self._bell_may_come = False
         # When it opened its shard (monotonic): a stop then drains it, rather than to cut it short.
         self.opened_at: float | None = None
 
@@ -97,9 +92,7 @@ class Session:
         `known`: by the sessions of this process before.
         """
         try:
-            self._bell = await self._open_bell()
-            if self._bell is not None:
-                await self._checkpoint.note_listener(self._bell.pid)
+            await self._listener.open()
             await self._registry.load()
             await self._parking.load()
             opened = await self._open(stop, known)
@@ -115,11 +108,9 @@ class Session:
             with contextlib.suppress(*GONE, psycopg.Error):
                 async with asyncio.timeout(_RELEASE_SECONDS):
                     await self._checkpoint.release()
-                    if self._bell is not None:
-                        await self._bell.end_backend(self._database)
+                    await self._listener.end_backend()
         finally:
-            if self._bell is not None:
-                await self._bell.close()
+            await self._listener.close()
 
     async def _open(self, stop: asyncio.Event, known: Known) -> Opened | None:
         """The opened shard, or None if a stop came first: Convex may be away for hours."""
@@ -135,42 +126,6 @@ class Session:
             stopped.cancel()
             await asyncio.gather(opening, stopped, return_exceptions=True)
 
-    async def _open_bell(self) -> Bell | None:
-        try:
-            return await self._make_bell()
-        except psycopg.errors.ReadOnlySqlTransaction:
-            raise SchemaError(READ_ONLY) from None
-        except NoBell as error:
-            cause = str(error)
-        except GONE:
-            if self._settings.listen_database_url is None:
-                raise
-            cause = "LISTEN_DATABASE_URL is out of reach"
-            self._bell_may_come = True
-        log.warning(
-            "listen.unavailable",
-            cause=cause,
-            poll_seconds=self._settings.poll_seconds,
-            cure="polling meanwhile; a direct connection in LISTEN_DATABASE_URL makes it quicker",
-        )
-        return None
-
-    async def _make_bell(self) -> Bell:
-        direct = self._settings.listen_database_url or self._settings.database_url
-        with self._liveness.waits_for("a connection that listens"):
-            return await Bell.open(direct.get_secret_value(), lambda: ring(self._database), alone=self._shard.of == 1)
-
-    async def _wait_for_bell(self, reader: Reader) -> None:
-        """Goes from polling to listening as soon as LISTEN_DATABASE_URL is within reach."""
-        while self._bell_may_come and self._bell is None:
-            await asyncio.sleep(_BELL_SECONDS)
-            with contextlib.suppress(NoBell, *GONE):
-                self._bell = await self._make_bell()
-        if self._bell_may_come and self._bell is not None:
-            reader.listen(self._bell)
-            await self._checkpoint.note_listener(self._bell.pid)
-            log.info("listen.recovered", cure="none needed: changes ring again")
-
     async def _work(self, opened: Opened, stop: asyncio.Event) -> None:
         pace = Pace(
             keys=_FIRST_BATCH_KEYS,
@@ -181,7 +136,7 @@ class Session:
         care = self._new_care(opened.epoch)
         reader = self._reader = self._new_reader(opened.position, sender, care)
         self._on_open()
-        log.info("session.open", shard=str(self._shard), epoch=opened.epoch, listen=self._bell is not None)
+        log.info("session.open", shard=str(self._shard), epoch=opened.epoch, listen=self._listener.bell is not None)
         self.opened_at = time.monotonic()
         if self._shard.of > 1:
             await ring(self._database)  # the reader before may have died at the gate, with others asleep behind it
@@ -190,7 +145,7 @@ class Session:
             others = {
                 tasks.create_task(self._keep_checkpoint(reader)),
                 tasks.create_task(care.run(reader)),
-                tasks.create_task(self._wait_for_bell(reader)),
+                tasks.create_task(self._listener.recover()),
                 tasks.create_task(self._heartbeat(reader, pace)),
             }
             await stop.wait()
@@ -243,7 +198,7 @@ class Session:
 
         return Reader(
             self._database,
-            self._bell,
+            self._listener,
             self._registry.states,
             self._lanes,
             position,

@@ -132,7 +132,7 @@ class Settings(ConvexSettings):
     partition_bytes: Annotated[int, Field(validation_alias="CDC_PARTITION_BYTES", ge=65_536)] = 268_435_456
     # Between SIGTERM and giving up what is in flight; the platform kills after 30 s.
     drain_seconds: Annotated[float, Field(validation_alias="CDC_DRAIN_SECONDS", ge=0, le=25)] = 10.0
-    # Whoever is at work and comes to no end, good or bad, for so long is stuck: the process exits.
+    # What is at work and comes to no end, good or bad, for so long is stuck: the process exits.
     stall_seconds: Annotated[float, Field(validation_alias="CDC_STALL_SECONDS", ge=60, le=7200)] = 600.0
     # Between two lines that say how things stand.
     heartbeat_seconds: Annotated[float, Field(validation_alias="CDC_HEARTBEAT_SECONDS", ge=1, le=3600)] = 60.0

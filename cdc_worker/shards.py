@@ -32,12 +32,12 @@ from cdc_worker.troubles import Troubles
 
 log = structlog.get_logger()
 
-# A session that lasted so long was well: what ended it is a new trouble. One that did not is the old one. If it were
-# longer, a link that is cut now and then (a firewall, a balancer) would get the pauses of one that hardly works.
+# If a session lasted so long, what ended it is a new trouble; if not, it is the old one still. With a larger number a
+# link that is cut now and then (a firewall, a balancer) would get the pauses of one that hardly works.
 _LASTING_SECONDS = 5.0
 # A stop that finds no session open has nothing to drain; a statement on its way may still end.
 _CUT_SHORT_SECONDS = 2.0
-# While there may be a shard to take over, one look in so many seconds: how soon a dead worker is replaced.
+# Between two looks while there may be a shard to take over: how soon a dead worker is replaced.
 _STANDBY_SECONDS = 1.0
 # A session that has drained still notes how far it got, and lets go: each has its own deadline within this.
 _ENDING_SECONDS = 3.0
@@ -45,8 +45,8 @@ _ENDING_SECONDS = 3.0
 _LAST_WORD_SECONDS = 0.25
 
 
-class _Reading:
-    """A session at work, in a task of its own."""
+class _RunningSession:
+    """A session in a task of its own, and its stop."""
 
     def __init__(self, session: Session, token: int, *, known: Known, drain_seconds: float) -> None:
         self.session = session
@@ -102,12 +102,12 @@ class Shards:
         self._outage = Outage(longest_pause_seconds=settings.backoff_seconds, liveness=liveness)
         self._allotment = Allotment(database, name, shards=settings.shards, lease_seconds=settings.lease_seconds)
         self._troubles = Troubles(settings.backoff_seconds)
-        self._readings: dict[Shard, _Reading] = {}
+        self._sessions: dict[Shard, _RunningSession] = {}
         # When a shard whose session failed is tried again (monotonic).
         self._rests_until: dict[Shard, float] = defaultdict(float)
         self._known: dict[Shard, Known] = defaultdict(Known)
         self._tallies: dict[Shard, Tally] = defaultdict(Tally)
-        # Whose last session did not open: taken again at each try, which is said once.
+        # Shards whose last session did not open: their lease is taken again at each try, but said only once.
         self._retried: set[Shard] = set()
         self._said_standby = False
         # The database is out of reach, or has not been asked yet.
@@ -130,18 +130,18 @@ class Shards:
             await self._drain()
         finally:
             stopped.cancel()
-            for reading in self._readings.values():
-                reading.task.cancel()
+            for running in self._sessions.values():
+                running.task.cancel()
         with contextlib.suppress(*GONE, psycopg.Error):
             async with asyncio.timeout(_LAST_WORD_SECONDS):
                 await self._allotment.leave()
 
     async def _drain(self) -> None:
         """Each session has a deadline of its own; meanwhile the leases are kept."""
-        for reading in self._readings.values():
-            reading.stop.set()
+        for running in self._sessions.values():
+            running.stop.set()
         renewing = asyncio.create_task(self._keep_renewing())
-        while self._readings:
+        while self._sessions:
             await self._wait(self._settings.drain_seconds)
         await _cut_short(renewing)
 
@@ -152,9 +152,9 @@ class Shards:
             await self._outcome(self._renew())
 
     def _until_next_look(self) -> float:
-        """In seconds. Who has all shards only renews his leases; others look whether there is one to take."""
+        """In seconds. A worker with all shards only renews its leases; others also look for one to take."""
         seconds = self._settings.lease_seconds / 3
-        if len(self._readings) < self._settings.shards:
+        if len(self._sessions) < self._settings.shards:
             seconds = min(seconds, _STANDBY_SECONDS)
         now = time.monotonic()
         resting = [until - now for until in self._rests_until.values() if until > now]
@@ -162,24 +162,24 @@ class Shards:
 
     async def _wait(self, seconds: float, *others: asyncio.Task[bool]) -> None:
         """Returns after `seconds`, with one of `others`, or when a session has ended; its end is looked at, then."""
-        tasks = {*(reading.task for reading in self._readings.values()), *others}
+        tasks = {*(running.task for running in self._sessions.values()), *others}
         await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        for shard, reading in list(self._readings.items()):
-            if reading.task.done():
-                del self._readings[shard]
-                await self._end(shard, reading)
+        for shard, running in list(self._sessions.items()):
+            if running.task.done():
+                del self._sessions[shard]
+                await self._end(shard, running)
 
-    async def _end(self, shard: Shard, reading: _Reading) -> None:
-        opened_at = reading.session.opened_at
+    async def _end(self, shard: Shard, running: _RunningSession) -> None:
+        opened_at = running.session.opened_at
         if opened_at is not None and time.monotonic() - opened_at > _LASTING_SECONDS:
             self._troubles.over(opened_at)
-        pause = await self._outcome(reading.task)
+        pause = await self._outcome(running.task)
         self._rests_until[shard] = time.monotonic() + pause
         if opened_at is None:
             self._retried.add(shard)
         else:
             self._retried.discard(shard)
-            self._known[shard] = reading.session.known
+            self._known[shard] = running.session.known
 
     async def _outcome(self, work: Awaitable[object]) -> float:
         """Awaits it, and says what went wrong; the pause in seconds that is due then, 0 if nothing did."""
@@ -202,28 +202,28 @@ class Shards:
         return pause
 
     async def _renew(self) -> Standing:
-        held = {shard: reading.token for shard, reading in self._readings.items()}
+        held = {shard: running.token for shard, running in self._sessions.items()}
         standing = await self._allotment.look(held)
         for shard in standing.lost:
-            self._readings[shard].lose()
+            self._sessions[shard].lose()
         return standing
 
     async def _look(self) -> None:
         """Renews, and brings what is held nearer to a fair part."""
-        if self._unreachable and not self._readings:
+        if self._unreachable and not self._sessions:
             await self._database.reopen()
             self._unreachable = False
-        if self._not_ready and not self._readings:
+        if self._not_ready and not self._sessions:
             await self._make_ready()
         standing = await self._renew()
         fair = fair_part(self._name, standing.parts, self._settings.shards)
-        for reading in list(self._readings.values())[fair:]:
-            reading.stop.set()
+        for running in list(self._sessions.values())[fair:]:
+            running.stop.set()
         now = time.monotonic()
         for shard in standing.free:
-            if len(self._readings) < fair and self._rests_until[shard] <= now:
+            if len(self._sessions) < fair and self._rests_until[shard] <= now:
                 await self._take(shard)
-        if self._readings:
+        if self._sessions:
             self._said_standby = False
         elif standing.elsewhere is not None and not self._said_standby:
             shard, holder, seconds = standing.elsewhere
@@ -259,7 +259,7 @@ class Shards:
             liveness=self._liveness,
             on_open=self._troubles.say_recovered,
         )
-        self._readings[shard] = _Reading(
+        self._sessions[shard] = _RunningSession(
             session, held.token, known=self._known[shard], drain_seconds=self._settings.drain_seconds
         )
 

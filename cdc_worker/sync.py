@@ -6,39 +6,29 @@
     await sync_user_status_async(user_id, next_due=None)
 
 What has a table belongs in a mirror: this writes at once and to Convex alone, so a process that dies before
-the call has written nothing. The transport, its deadlines and the rule for JSON are the worker's. One event
-loop, in a thread of its own, holds the connections for all callers of the process, so that each call does not
-pay for a new TLS session.
+the call has written nothing. The transport, its deadlines and the rule for JSON are the worker's.
 """
 
 import asyncio
-import atexit
-import contextlib
-import ctypes
 import json
-import os
-import threading
 import uuid
-from collections.abc import Coroutine
-from concurrent.futures import Future
 from datetime import UTC, date, datetime, timedelta
-from typing import Any, Final, Literal, TypeVar, get_args
+from typing import Any, Final, Literal, get_args
 
 import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
-from cdc_worker.deployment import Deployment
+from cdc_worker.background_loop import deployment_of, submit
 from cdc_worker.errors import CdcError, FunctionFailed, Misconfigured, Transient
 from cdc_worker.safe_json import parse
 from cdc_worker.settings import ConvexSettings, load_settings
 from convex import ConvexError
 
 log = structlog.get_logger()
-T = TypeVar("T")
 
 ActivityType = Literal["check-in", "alert", "conversation"]
 AlertLevel = Literal["L1", "L2", "L3", "L4"]
-# Whose text is what Postgres would give for it.
+# Types whose text is what Postgres would give for them.
 Text = str | int | uuid.UUID
 # An instant: a datetime (a naive one is taken as UTC), a date (its midnight in UTC), or milliseconds since 1970.
 Instant = datetime | date | int | float
@@ -75,7 +65,7 @@ def sync_activity(  # noqa: PLR0917  # as it is published
     Without a key each call is an activity of its own (its retries are still one). Returns None, with one log line, if
     Convex is not configured. Raises SyncError.
     """
-    return _submit(_activity(user_id, type, description, timestamp, metadata, idempotency_key)).result()
+    return submit(_activity(user_id, type, description, timestamp, metadata, idempotency_key)).result()
 
 
 async def sync_activity_async(  # noqa: PLR0917  # as it is published
@@ -88,7 +78,7 @@ async def sync_activity_async(  # noqa: PLR0917  # as it is published
 ) -> str | None:
     """`sync_activity` for callers with an event loop."""
     return await asyncio.wrap_future(
-        _submit(_activity(user_id, type, description, timestamp, metadata, idempotency_key))
+        submit(_activity(user_id, type, description, timestamp, metadata, idempotency_key))
     )
 
 
@@ -104,7 +94,7 @@ def sync_user_status(
 
     Does nothing, with one log line, if Convex is not configured. Raises SyncError.
     """
-    _submit(_status(user_id, last_check_in, next_due, alert_level, alert_triggered_at)).result()
+    submit(_status(user_id, last_check_in, next_due, alert_level, alert_triggered_at)).result()
 
 
 async def sync_user_status_async(
@@ -116,7 +106,7 @@ async def sync_user_status_async(
     alert_triggered_at: Instant | Unset | None = UNSET,
 ) -> None:
     """`sync_user_status` for callers with an event loop."""
-    await asyncio.wrap_future(_submit(_status(user_id, last_check_in, next_due, alert_level, alert_triggered_at)))
+    await asyncio.wrap_future(submit(_status(user_id, last_check_in, next_due, alert_level, alert_triggered_at)))
 
 
 def _text(argument: str, value: object) -> str:
@@ -226,7 +216,7 @@ async def _call(path: str, args: dict[str, Any]) -> Any:
     if settings.missing_for_convex:
         log.warning("sync.skipped", function=path, missing=list(settings.missing_for_convex), cure="set it")
         return None
-    deployment = await _LOOP.deployment(settings)
+    deployment = await deployment_of(settings)
     last: Transient | None = None
     try:
         # Around all: the last try may not take its own deadline on top, nor a pause.
@@ -252,77 +242,3 @@ def _reason(error: ConvexError) -> str:
     """What the function says of it: the message alone is "Server Error" on a production deployment."""
     said = error.data.get("message") if isinstance(error.data, dict) else None
     return said if isinstance(said, str) else str(error)
-
-
-class _Loop:
-    """The thread with the event loop, made at the first call, and made anew in a forked child."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._deployments: dict[ConvexSettings, Deployment] = {}
-
-    @property
-    def started(self) -> bool:
-        return self._loop is not None
-
-    def get(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                loop = asyncio.new_event_loop()
-                try:
-                    threading.Thread(target=loop.run_forever, name="cdc_worker.sync", daemon=True).start()
-                except RuntimeError:  # the system gives no more threads
-                    loop.close()
-                    raise
-                self._loop = loop  # not before it runs: whoever is given it waits for it without an end
-            return self._loop
-
-    async def deployment(self, settings: ConvexSettings) -> Deployment:
-        """The connections to the deployment of these settings. Runs in the loop, so calls never overlap half-way."""
-        if settings not in self._deployments:
-            assert settings.convex_url is not None
-            # Those of other settings stay: calls may be under way there.
-            self._deployments[settings] = await Deployment(
-                settings.convex_url, settings.convex_deploy_key, timeout_seconds=settings.convex_timeout_seconds
-            ).__aenter__()
-        return self._deployments[settings]
-
-    async def close(self) -> None:
-        while self._deployments:
-            _, opened = self._deployments.popitem()
-            await opened.__aexit__(None, None, None)
-
-
-_LOOP = _Loop()
-
-
-def _hang_up() -> None:
-    """At the end of the process: connections are closed in order, but nobody waits long for it."""
-    if _LOOP.started:
-        with contextlib.suppress(TimeoutError):
-            _submit(_LOOP.close()).result(timeout=1.0)
-
-
-atexit.register(_hang_up)
-
-
-def _forget() -> None:
-    """In a forked child the thread is gone, and the connections are the parent's."""
-    global _LOOP  # noqa: PLW0603  # the one place that replaces it
-    # The parent's is never collected here, not even at the end of the process: that would close the connections, and
-    # take them out of the epoll that child and parent share, so that the parent hears no answer any more.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_LOOP))
-    _LOOP = _Loop()
-
-
-os.register_at_fork(after_in_child=_forget)
-
-
-def _submit(work: Coroutine[Any, Any, T]) -> Future[T]:
-    try:
-        loop = _LOOP.get()
-    except RuntimeError:
-        work.close()
-        raise
-    return asyncio.run_coroutine_threadsafe(work, loop)

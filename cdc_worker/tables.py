@@ -74,8 +74,8 @@ async def look_at_tables(database: Database, mirrors: Mapping[int, Mirror]) -> N
                 cause="; ".join(cause for cause, true in causes.items() if true),
                 cure="none needed: every row and document is looked at again",
             )
-            await backfill.request(database, number, with_documents=True, reason="tables changed")
-        # Last: who dies before it asks once more.
+            await backfill.request(database, number, "tables changed")
+        # Last: a worker that dies before it asks for the rescan once more.
         await database.execute(_NOTE, number, tables, files, columns)
 
 

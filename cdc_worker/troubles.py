@@ -17,7 +17,7 @@ class Troubles:
 
     def __init__(self, longest_seconds: float) -> None:
         self._longest = longest_seconds
-        # By name: an address behind which a dead server and a read-only one take turns is two troubles, each said once.
+        # By name: where a dead server and a read-only one take turns behind an address, each trouble is said once.
         self._said: dict[str, float] = {}
         self._since = 0.0
         self._tries = 0
@@ -37,7 +37,8 @@ class Troubles:
                 since_seconds=round(now - self._since),
                 cure="nothing is lost; trying on",
             )
-        return random.uniform(0.05, min(self._longest, _FIRST_PAUSE_SECONDS * 2.0 ** min(self._tries, 16)))  # noqa: S311
+        longest = min(self._longest, _FIRST_PAUSE_SECONDS * 2.0 ** min(self._tries, 16))
+        return random.uniform(0.05, longest)  # noqa: S311  # spreads tries, hides nothing
 
     def say_recovered(self) -> None:
         if self._tries:
@@ -45,7 +46,7 @@ class Troubles:
             self._said.clear()
 
     def over(self, before: float) -> None:
-        """What began before that time (monotonic) is over; nothing, if it is another shard's end of just now."""
+        """What began before that time (monotonic) is over; what began later, with another shard's session, is not."""
         if self._since < before:
             self._said.clear()
             self._tries = 0

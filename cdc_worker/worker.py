@@ -22,6 +22,7 @@ log = structlog.get_logger()
 _STOP = "the end of what is under way"
 # Openings, probes, listings of documents: beside the batches in flight.
 _OTHER_CALLS = 4
+_LOG_ROWS = "select count(*) from (select from cdc.outbox limit 100000) as counted"
 
 
 class Worker:
@@ -71,15 +72,13 @@ class Worker:
     async def _wait_unconfigured(self, database: Database, missing: Sequence[str]) -> None:
         """Capture goes on; what it notes waits in Postgres until the settings arrive, with a restart."""
         while not self._stop.is_set():
-            backlog = None
+            log_rows = None
             with contextlib.suppress(psycopg.Error, TimeoutError, OSError):
-                ((backlog,),) = await database.execute(
-                    "select count(*) from (select from cdc.outbox limit 100000) as counted"
-                )
+                ((log_rows,),) = await database.execute(_LOG_ROWS)
             log.warning(
                 "convex.not_configured",
                 missing=list(missing),
-                log_rows=backlog,
+                log_rows=log_rows,
                 cure="set it and start again; changes are kept until then",
             )
             with contextlib.suppress(TimeoutError):

@@ -48,14 +48,14 @@ type Verdict = Infer<typeof verdict>;
 /**
  * Opens a shard for a reader: hands out the epoch that alone may write to the shard from now on.
  *
- * A repeated call takes the next epoch, and says the same of what was before; a late one fences the reader, who opens
- * again. `reader` is fresh for each reader; a deployment that has no identity yet takes the first one's for its own.
+ * A repeated call takes the next epoch, and says the same of what was before. A late one fences the reader, which opens
+ * again. `reader` is fresh for each reader; a deployment that has no identity yet makes its own of the first one.
  *
- * Both have the time in them: a late call must not give out again what was given out before the deployment was emptied or
- * set back.
+ * Epoch and identity have the time in them, so that a late call gives out neither a second time after the deployment was
+ * emptied or set back.
  *
- * When the number of shards has changed, all that there were are shut: a key may be in another one now, and a late
- * request of its old one must not come after the new one's.
+ * When the number of shards has changed, all shards are shut: a key may be in another one now, and a late request of its
+ * old shard must not come after one of its new shard.
  *
  * @throws ConvexError `invalid_argument` for an `atLeast` that is no epoch, or for less than one shard.
  */
@@ -92,8 +92,8 @@ export const open = internalMutation({
  * Notes how often the shard's checkpoint in Postgres was saved, if `epoch` is the shard's, and says what was noted
  * before; null if another reader has the shard.
  *
- * `open` says it to the next reader, who knows by it that Postgres was set back to a backup from within this epoch. The
- * answer tells this reader the same of the deployment.
+ * `open` tells the next reader, which finds out by it that Postgres was set back to a backup from within this epoch. By
+ * the answer this reader finds out the same of the deployment.
  */
 export const noteSaves = internalMutation({
   args: { shard: v.string(), epoch: v.number(), saves: v.number() },

@@ -19,7 +19,7 @@ from dev.chaos.schedule import printed
 from dev.chaos.shrink import smaller
 from dev.chaos.written import WRITTEN
 
-# A world mostly waits: so many of them keep a core busy.
+# A world mostly waits: this number of them keeps a core busy.
 _WORLDS_PER_CORE = 3
 _MOST_JOBS = 16
 
@@ -42,11 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--seed", type=int, metavar="N", help="one schedule")
-    which.add_argument("--seeds", type=int, metavar="COUNT", help="so many schedules")
+    which.add_argument("--seeds", type=int, metavar="COUNT", help="how many schedules")
     which.add_argument("--written", action="store_true", help="those of dev/chaos/written.py")
     parser.add_argument("--from", type=int, default=0, metavar="N", dest="first", help="the first seed (default: 0)")
     parser.add_argument("--jobs", type=int, metavar="J", help="worlds at once (default: three for each core)")
-    parser.add_argument("--times", type=int, default=1, metavar="T", help="each schedule so often: timing is chance")
+    parser.add_argument("--times", type=int, default=1, metavar="T", help="how often each is played: timing is chance")
     parser.add_argument("--shards", type=int, default=1, metavar="K", help="shards, and workers (default: 1)")
     parser.add_argument("--postgres", choices=list(postgres.flavours()), default=next(iter(postgres.flavours()), None))
     parser.add_argument("--stop", action="store_true", help="end with the first finding")

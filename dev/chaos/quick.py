@@ -8,14 +8,14 @@ import importlib
 from typing import Final
 
 CONSTANTS: Final = {
-    "backfill.PAGE_KEYS": 2,
+    "backfill._PAGE_KEYS": 2,
     "care._MENDING_SECONDS": 0.1,
     "care._RESCAN_SECONDS": 0.05,
     "care._SELDOM_SECONDS": 0.3,
     "database._GRACE_SECONDS": 0.5,
     "listener._DEADLINE_SECONDS": 0.5,
     "listener._ECHO_SECONDS": 0.5,
-    "reader.MOST_WAITING_KEYS": 8,
+    "reader._MOST_WAITING_KEYS": 8,
     "reader._LOOKOUT_SECONDS": 0.5,
     "session._UNMOVED_HEARTBEATS": 0.2,
     "shards._STANDBY_SECONDS": 0.1,

@@ -83,6 +83,23 @@ def test_backfill_of_what_there_is_not_is_refused(command: Command) -> None:
     assert 'there is no mirror "nope" (there are: check-ins, status)' in done.stderr
 
 
+@pytest.mark.one_postgres
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("update cdc.mirror set definition = '' where name = 'status'", 'mirror "status" is not as the database knows'),
+        ("insert into cdc.mirror (name, definition) values ('more', '')", 'the database has mirror "more", and this'),
+        ("insert into cdc.migration values (99, '0099_future', '')", "the database has migration 99: run"),
+    ],
+)
+def test_what_the_worker_would_refuse_is_refused(db: Database, command: Command, change: str, said: str) -> None:
+    db.execute(change)
+    for words in [("backfill", "check-ins"), ("replay", "1", "check-ins")]:
+        done = command(*words)
+        assert done.returncode == 1
+        assert said in done.stderr
+
+
 def test_replay_marks_once_more_what_changed_within_the_hours(db: Database, command: Command) -> None:
     db.execute(
         """insert into "CheckIn" select 'old' || n, 'u1', null, null, now() from generate_series(1, 3) as n;

@@ -203,7 +203,7 @@ def takes_at_most(size: int, status: int) -> Fault:
 
 
 @pytest.mark.parametrize("status", [400, 413])
-async def test_a_batch_that_is_too_large_for_somebody_in_between_is_made_smaller(  # noqa: PLR0917  # fixtures
+async def test_a_batch_that_is_too_large_for_somebody_in_between_is_made_smaller(
     mirrors: Sequence[Mirror], db: Database, between: Interposed, mirrored: Mirrored, user: str, status: int
 ) -> None:
     between.fault = takes_at_most(10_000, status)

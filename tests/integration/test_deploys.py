@@ -64,7 +64,7 @@ async def test_the_rescan_for_a_new_query_is_left_to_the_new_worker(
 
 
 @pytest.mark.parametrize("key", [("id", "userId"), ("n",)], ids=["of more columns", "of another type"])
-async def test_a_mirror_gets_another_key_in_the_middle_of_a_rescan(  # noqa: PLR0917  # fixtures
+async def test_a_mirror_gets_another_key_in_the_middle_of_a_rescan(
     db: Database, work: Work, mirrored: Mirrored, old: Mirror, user: str, key: tuple[str, ...]
 ) -> None:
     db.execute("""alter table "CheckIn" add column n bigint default 7""")

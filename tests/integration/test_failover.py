@@ -95,7 +95,7 @@ async def address(primary: postgres.Server) -> AsyncIterator[Link]:
 
 
 @pytest.mark.parametrize("old_connections", ["reset", "half-open"])
-async def test_the_address_leads_to_a_promoted_standby(  # noqa: PLR0917  # fixtures
+async def test_the_address_leads_to_a_promoted_standby(
     mirrors: Sequence[Mirror],
     primary: postgres.Server,
     standby: postgres.Server,
@@ -139,7 +139,7 @@ async def test_the_address_leads_to_a_promoted_standby(  # noqa: PLR0917  # fixt
             assert troubles == ["database.unreachable", "database.not_ready", "database.recovered"]
 
 
-async def test_a_standby_that_lagged_is_what_counts(  # noqa: PLR0917  # fixtures
+async def test_a_standby_that_lagged_is_what_counts(
     mirrors: Sequence[Mirror],
     primary: postgres.Server,
     standby: postgres.Server,

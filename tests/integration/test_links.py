@@ -10,7 +10,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from cdc_worker import database as worker_database
-from cdc_worker import listener, reader, session, shards
+from cdc_worker import listener, reader, shards
 from cdc_worker.mirrors import Mirror
 from cdc_worker.settings import Settings
 from dev import local_convex as convex
@@ -64,7 +64,7 @@ async def equal(mirrored: Mirrored, db: Database, user: str) -> None:
 # The listener's link.
 
 
-async def test_a_listener_whose_connection_was_forgotten_is_replaced(  # noqa: PLR0917  # fixtures
+async def test_a_listener_whose_connection_was_forgotten_is_replaced(
     mirrors: Sequence[Mirror], db: Database, local_convex: convex.LocalConvex, link: Link, mirrored: Mirrored, user: str
 ) -> None:
     settings = quick_settings(db.dsn, local_convex, listen_database_url=through(link.port, db.dsn), CDC_POLL_SECONDS=60)
@@ -108,7 +108,7 @@ select exists (select from pg_locks l join cdc.checkpoint c on c.holder_pid = l.
 """
 
 
-async def test_a_listener_that_cannot_be_replaced_is_done_without(  # noqa: PLR0917  # fixtures
+async def test_a_listener_that_cannot_be_replaced_is_done_without(
     mirrors: Sequence[Mirror], db: Database, local_convex: convex.LocalConvex, link: Link, mirrored: Mirrored, user: str
 ) -> None:
     settings = quick_settings(db.dsn, local_convex, listen_database_url=through(link.port, db.dsn))
@@ -127,7 +127,7 @@ async def test_a_listener_that_cannot_be_replaced_is_done_without(  # noqa: PLR0
         await running.stop()
 
 
-async def test_a_listener_s_link_that_comes_later_is_taken(  # noqa: PLR0917  # fixtures
+async def test_a_listener_s_link_that_comes_later_is_taken(
     mirrors: Sequence[Mirror],
     db: Database,
     local_convex: convex.LocalConvex,
@@ -136,7 +136,7 @@ async def test_a_listener_s_link_that_comes_later_is_taken(  # noqa: PLR0917  # 
     user: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(session, "_BELL_SECONDS", 0.1)
+    monkeypatch.setattr(listener, "_RECOVERY_SECONDS", 0.1)
     link.deaf()
     settings = quick_settings(db.dsn, local_convex, listen_database_url=through(link.port, db.dsn))
     async with worker_at_work(settings, mirrors) as running:
@@ -157,7 +157,7 @@ async def test_a_listener_s_link_that_comes_later_is_taken(  # noqa: PLR0917  # 
 # Both links.
 
 
-async def test_a_short_deafness_is_waited_out(  # noqa: PLR0917  # fixtures
+async def test_a_short_deafness_is_waited_out(
     mirrors: Sequence[Mirror], db: Database, local_convex: convex.LocalConvex, link: Link, mirrored: Mirrored, user: str
 ) -> None:
     async with worker_at_work(settings_over(link, db, local_convex, **PIECEMEAL), mirrors) as running:
@@ -173,7 +173,7 @@ async def test_a_short_deafness_is_waited_out(  # noqa: PLR0917  # fixtures
         assert running.log.events.count("session.open") == 1
 
 
-async def test_a_long_deafness_ends_the_session_and_loses_nothing(  # noqa: PLR0917  # fixtures
+async def test_a_long_deafness_ends_the_session_and_loses_nothing(
     mirrors: Sequence[Mirror], db: Database, local_convex: convex.LocalConvex, link: Link, mirrored: Mirrored, user: str
 ) -> None:
     async with worker_at_work(settings_over(link, db, local_convex, **PIECEMEAL), mirrors) as running:
@@ -192,7 +192,7 @@ async def test_a_long_deafness_ends_the_session_and_loses_nothing(  # noqa: PLR0
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
-async def test_a_stop_over_a_deaf_link_ends_in_time(  # noqa: PLR0917  # fixtures
+async def test_a_stop_over_a_deaf_link_ends_in_time(
     mirrors: Sequence[Mirror],
     db: Database,
     local_convex: convex.LocalConvex,
@@ -222,7 +222,7 @@ async def test_a_stop_over_a_deaf_link_ends_in_time(  # noqa: PLR0917  # fixture
         await equal(mirrored, db, user)
 
 
-async def test_a_link_that_is_cut_in_the_middle_of_a_drain(  # noqa: PLR0917  # fixtures
+async def test_a_link_that_is_cut_in_the_middle_of_a_drain(
     mirrors: Sequence[Mirror], db: Database, local_convex: convex.LocalConvex, link: Link, mirrored: Mirrored, user: str
 ) -> None:
     async with worker_at_work(settings_over(link, db, local_convex, **PIECEMEAL), mirrors) as running:
@@ -238,7 +238,7 @@ async def test_a_link_that_is_cut_in_the_middle_of_a_drain(  # noqa: PLR0917  # 
         await running.stop()
 
 
-async def test_a_slow_link_is_only_slow(  # noqa: PLR0917  # fixtures
+async def test_a_slow_link_is_only_slow(
     mirrors: Sequence[Mirror], db: Database, local_convex: convex.LocalConvex, link: Link, mirrored: Mirrored, user: str
 ) -> None:
     async with worker_at_work(settings_over(link, db, local_convex), mirrors) as running:
@@ -284,7 +284,7 @@ async def test_postgres_is_restarted_in_the_middle_of_a_drain(
 
 
 @pytest.mark.parametrize("patience", [0.3, 60.0])
-async def test_a_convex_that_takes_connections_and_never_answers(  # noqa: PLR0917  # fixtures
+async def test_a_convex_that_takes_connections_and_never_answers(
     mirrors: Sequence[Mirror], db: Database, local_convex: convex.LocalConvex, link: Link, user: str, patience: float
 ) -> None:
     link.deaf()
@@ -304,7 +304,7 @@ async def test_a_convex_that_takes_connections_and_never_answers(  # noqa: PLR09
 
 
 @pytest.mark.parametrize("lasted", [10.0, 60.0])
-async def test_a_link_that_is_cut_now_and_then_costs_no_long_pauses(  # noqa: PLR0917  # fixtures
+async def test_a_link_that_is_cut_now_and_then_costs_no_long_pauses(
     link: Link,
     db: Database,
     mirrors: Sequence[Mirror],

@@ -4,7 +4,6 @@ import base64
 import json
 import subprocess
 import sys
-import uuid
 from typing import Any, Protocol
 
 import pytest
@@ -43,11 +42,6 @@ def token_of(user: str) -> str:
     parts = [{"alg": "none", "typ": "JWT"}, {"sub": user, "iss": "https://local.test"}]
     encoded = [base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts]
     return ".".join([*encoded, ""])
-
-
-@pytest.fixture
-def user() -> str:
-    return f"user-{uuid.uuid4()}"
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ import psycopg
 import pytest
 from structlog.testing import capture_logs
 
-from cdc_worker import capture, locks
+from cdc_worker import capture, locks, schema
 from cdc_worker import migrate as migrating
+from cdc_worker import triggers as bringing
 from cdc_worker.errors import READ_ONLY, ConfigError, SchemaError
 from cdc_worker.mirrors import Mirror, Source, load_mirrors
 from dev import postgres
@@ -108,9 +109,9 @@ def test_a_newer_database_is_refused(db: Database) -> None:
 
 
 def test_a_migration_that_fails_leaves_nothing(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = migrating.load_migrations()
-    bad = migrating.Migration(good[-1].number + 1, "broken", "create table cdc.half (id int); select 1 / 0;")
-    monkeypatch.setattr(migrating, "load_migrations", lambda: [*good, bad])
+    good = schema.load_migrations()
+    bad = schema.Migration(good[-1].number + 1, "broken", "create table cdc.half (id int); select 1 / 0;")
+    monkeypatch.setattr(schema, "load_migrations", lambda: [*good, bad])
     with pytest.raises(psycopg.errors.DivisionByZero):
         db.migrate([])
     assert nothing_was_made(db)
@@ -228,7 +229,7 @@ def test_an_own_trigger_of_the_same_name_is_refused_in_words(db: Database) -> No
 def test_a_new_or_changed_mirror_asks_for_a_rescan_and_others_do_not(db: Database) -> None:
     db.execute(TABLES)
     db.migrate(MIRRORS)
-    assert db.execute("select reason, with_documents from cdc.backfill") == [("new mirror", True)] * 2
+    assert db.execute("select reason from cdc.backfill") == [("new mirror",)] * 2
     db.execute("update cdc.backfill set phase = 'done'")
     changed = STATUS.model_copy(update={"query": STATUS.query.replace("order by level desc", "order by level")})
     db.migrate([CHECK_INS, changed])
@@ -694,7 +695,7 @@ def test_a_table_that_goes_between_look_and_change_is_said_in_words(
     db: Database, monkeypatch: pytest.MonkeyPatch, going: str, error: type[Exception], said: str
 ) -> None:
     db.execute(PARTITIONED)
-    look = migrating._wanted
+    look = bringing._wanted
 
     async def look_and_lose(*args: Any) -> Any:
         wanted = await look(*args)
@@ -702,7 +703,7 @@ def test_a_table_that_goes_between_look_and_change_is_said_in_words(
         return wanted
 
     with monkeypatch.context() as losing:
-        losing.setattr(migrating, "_wanted", look_and_lose)
+        losing.setattr(bringing, "_wanted", look_and_lose)
         with pytest.raises(error, match=re.escape(said)):
             db.migrate([rows_of("t")])
     if error is SchemaError:
@@ -715,14 +716,14 @@ def test_a_table_that_goes_before_its_triggers_are_taken_away_is_no_matter(
 ) -> None:
     db.execute(f"{T}; create table u (id text primary key, note text)")
     db.migrate([rows_of("t"), rows_of("u", name="others")])
-    look = migrating._wanted
+    look = bringing._wanted
 
     async def look_and_lose(*args: Any) -> Any:
-        monkeypatch.setattr(migrating, "_wanted", look)
+        monkeypatch.setattr(bringing, "_wanted", look)
         await asyncio.to_thread(db.execute, "drop table u")
         return await look(*args)
 
-    monkeypatch.setattr(migrating, "_wanted", look_and_lose)
+    monkeypatch.setattr(bringing, "_wanted", look_and_lose)
     db.migrate([rows_of("t")])
     assert {table for table, _ in triggers(db)} == {"t"}
 
@@ -784,7 +785,7 @@ def test_what_a_migrate_that_failed_has_left_out_is_scanned_anew(db: Database, m
 
 @pytest.mark.one_postgres
 def test_a_busy_table_is_given_up_in_words(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrating, "_TABLE_SECONDS", 0.5)
+    monkeypatch.setattr(locks, "_TABLE_SECONDS", 0.5)
     db.execute(f"{T}; create table free (id text)")
     with psycopg.connect(db.dsn, application_name="a report") as long:
         long.execute("insert into t values ('long')")
@@ -799,9 +800,9 @@ def test_a_busy_table_is_given_up_in_words(db: Database, monkeypatch: pytest.Mon
 def test_a_function_that_feeds_what_it_fed_waits_for_no_writer(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     db.execute(T)
     db.migrate([rows_of("t")])
-    monkeypatch.setattr(migrating, "_TABLE_SECONDS", 0)
+    monkeypatch.setattr(locks, "_TABLE_SECONDS", 0)
     body = capture.function_body
-    monkeypatch.setattr(migrating, "function_body", lambda feeds, event: f"{body(feeds, event)}-- in other words\n")
+    monkeypatch.setattr(bringing, "function_body", lambda feeds, event: f"{body(feeds, event)}-- in other words\n")
     with psycopg.connect(db.dsn) as writer:
         writer.execute("insert into t values ('a')")
         db.migrate([rows_of("t")])
@@ -823,8 +824,8 @@ def test_a_table_that_only_grows_may_feed_another_mirror(db: Database) -> None:
 def test_an_autovacuum_of_a_large_table_gives_way(
     postgres_flavour: postgres.Flavour, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(migrating, "_PATIENT_TRY", 2)
-    monkeypatch.setattr(migrating, "_TABLE_SECONDS", 5)
+    monkeypatch.setattr(locks, "_PATIENT_TRY", 2)
+    monkeypatch.setattr(locks, "_TABLE_SECONDS", 5)
     at_it = (
         "select count(*) from pg_locks l join pg_stat_activity a on a.pid = l.pid"
         " where l.relation = 't'::regclass and a.usesysid is null"
@@ -844,7 +845,7 @@ def test_an_autovacuum_of_a_large_table_gives_way(
         )
         wait_until(lambda: db.one(at_it), 30)
         with monkeypatch.context() as hurried:
-            hurried.setattr(migrating, "_TABLE_SECONDS", 0)
+            hurried.setattr(locks, "_TABLE_SECONDS", 0)
             with pytest.raises(SchemaError, match=r"process \d+ \(autovacuum\) holds ShareUpdateExclusiveLock on t"):
                 db.migrate([rows_of("t")])
         assert db.one(at_it)
@@ -854,7 +855,7 @@ def test_an_autovacuum_of_a_large_table_gives_way(
 
 @pytest.mark.one_postgres
 def test_a_reader_that_keeps_a_trigger_is_named(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrating, "_TABLE_SECONDS", 0)
+    monkeypatch.setattr(locks, "_TABLE_SECONDS", 0)
     db.execute(T)
     db.migrate([rows_of("t")])
     with psycopg.connect(db.dsn, application_name="a dump") as reader:
@@ -949,7 +950,7 @@ def test_writers_go_on_while_triggers_come_and_go(db: Database) -> None:
 @pytest.fixture
 def old(db: Database) -> Database:
     """As 0.1.0 left it, with triggers on `t` and a key that was not delivered."""
-    first = migrating.load_migrations()[0]
+    first = schema.load_migrations()[0]
     db.execute(T)
     db.execute("create schema cdc")
     db.execute("create table cdc.migration (number int primary key, name text, checksum text, applied_at timestamptz)")
@@ -979,7 +980,7 @@ def test_a_function_for_each_event_takes_the_place_of_one_for_all(db: Database) 
 
 
 def test_old_triggers_write_to_the_new_log_until_they_are_replaced(old: Database) -> None:
-    old.execute(migrating.load_migrations()[1].text)
+    old.execute(schema.load_migrations()[1].text)
     old.execute("insert into t values ('a'); update t set note = 'x' where id = 'a'; delete from t where id = 'a'")
     assert old.captured() == ["undelivered", "a", "a", "a"]
     # The log was turned meanwhile.

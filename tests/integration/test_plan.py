@@ -146,7 +146,7 @@ async def plan_of(dsn: str, mirror: Mirror) -> Plan:
 
 
 def milliseconds(value: datetime | date) -> float:
-    instant = value if isinstance(value, datetime) else datetime(value.year, value.month, value.day)  # noqa: DTZ001
+    instant = value if isinstance(value, datetime) else datetime(value.year, value.month, value.day, tzinfo=UTC)
     return float((instant.replace(tzinfo=UTC) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1))
 
 

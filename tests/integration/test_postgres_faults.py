@@ -20,7 +20,7 @@ from dev import pgbouncer as bouncer
 from dev import postgres
 from dev.processes import unprivileged
 from tests.conftest import missing
-from tests.integration.application import CHECK_INS, TABLES, Database, renamed
+from tests.integration.application import CHECK_INS, TABLES, Database, check_in, renamed
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import quick_settings, worker_at_work
 
@@ -46,11 +46,6 @@ def server(postgres_flavour: postgres.Flavour) -> Iterator[postgres.Server]:
         yield started
 
 
-def check_in(db: Database, user: str, *notes: str) -> None:
-    for note in notes:
-        db.execute("""insert into "CheckIn" values (gen_random_uuid(), %s, %s, null, now())""", user, note)
-
-
 async def test_a_standby_is_refused_and_waited_for(
     mirrors: Sequence[Mirror], server: postgres.Server, local_convex: convex.LocalConvex, mirrored: Mirrored, user: str
 ) -> None:
@@ -72,7 +67,7 @@ async def test_a_standby_is_refused_and_waited_for(
         await running.said("database.recovered")
 
 
-async def test_more_connections_than_it_takes(  # noqa: PLR0917  # fixtures
+async def test_more_connections_than_it_takes(
     mirrors: Sequence[Mirror],
     server: postgres.Server,
     local_convex: convex.LocalConvex,

@@ -15,7 +15,7 @@ from cdc_worker.mirrors import Mirror
 from dev import local_convex as convex
 from dev import postgres
 from dev.processes import unprivileged
-from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, renamed
+from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, check_in, renamed
 from tests.integration.mirrored import Mirrored, convex_at, eventually
 from tests.integration.running import Running, quick_settings, worker_at_work
 
@@ -47,14 +47,10 @@ def dsn(server: postgres.Server) -> str:
     return server.dsn(postgres.create_database(server))
 
 
-def check_in(db: Database, user: str, *keys: str) -> None:
-    for key in keys:
-        db.execute("""insert into "CheckIn" values (%s, %s, %s, null, now())""", f"{user}-{key}", user, key)
-
-
 def begin(db: Database, user: str) -> None:
     """What is in the backup."""
-    check_in(db, user, "kept", "changed later", "deleted later")
+    for key in ("kept", "changed later", "deleted later"):
+        check_in(db, user, key)
     db.execute("""insert into "User" values (%s, 'A', '2026-01-02')""", user)
     db.execute("""insert into "Alert" values (%s, %s, 'L1', '2026-01-02Z')""", f"{user}-alert", user)
 
@@ -112,7 +108,7 @@ async def backed_up(dsn: str, mirrors: Sequence[Mirror], mirrored: Mirrored, use
     return made
 
 
-async def test_a_dump_that_is_restored_under_the_same_name(  # noqa: PLR0917  # fixtures
+async def test_a_dump_that_is_restored_under_the_same_name(
     mirrors: Sequence[Mirror],
     server: postgres.Server,
     dsn: str,
@@ -132,7 +128,7 @@ async def test_a_dump_that_is_restored_under_the_same_name(  # noqa: PLR0917  # 
         await running.stop()
 
 
-async def test_a_dump_that_is_restored_piece_by_piece(  # noqa: PLR0917  # fixtures
+async def test_a_dump_that_is_restored_piece_by_piece(
     mirrors: Sequence[Mirror],
     server: postgres.Server,
     dsn: str,
@@ -188,7 +184,7 @@ def dump(server: postgres.Server, dsn: str) -> Dump:
 
 
 @pytest.mark.parametrize("position", ["noted", "moved on"])
-async def test_a_data_folder_that_is_set_back(  # noqa: PLR0917  # fixtures
+async def test_a_data_folder_that_is_set_back(
     mirrors: Sequence[Mirror],
     server: postgres.Server,
     dsn: str,
@@ -220,7 +216,7 @@ async def test_a_data_folder_that_is_set_back(  # noqa: PLR0917  # fixtures
         await running.stop()
 
 
-async def test_a_data_folder_that_is_set_back_to_a_copy_of_a_running_server(  # noqa: PLR0917  # fixtures
+async def test_a_data_folder_that_is_set_back_to_a_copy_of_a_running_server(
     mirrors: Sequence[Mirror],
     server: postgres.Server,
     dsn: str,
@@ -319,7 +315,7 @@ async def test_a_deployment_that_was_set_back_within_an_epoch(
             await running.stop()
 
 
-async def test_triggers_that_come_back(  # noqa: PLR0917  # fixtures
+async def test_triggers_that_come_back(
     mirrors: Sequence[Mirror],
     database: str,
     local_convex: convex.LocalConvex,
@@ -344,7 +340,7 @@ async def test_triggers_that_come_back(  # noqa: PLR0917  # fixtures
             await running.stop()
 
 
-async def test_triggers_that_were_off_between_two_looks(  # noqa: PLR0917  # fixtures
+async def test_triggers_that_were_off_between_two_looks(
     mirrors: Sequence[Mirror],
     database: str,
     local_convex: convex.LocalConvex,

@@ -18,7 +18,7 @@ from unittest.mock import Mock
 import pytest
 from structlog.testing import capture_logs
 
-from cdc_worker import sync
+from cdc_worker import background_loop, sync
 from cdc_worker.sync import (
     SyncError,
     sync_activity,
@@ -31,11 +31,6 @@ from tests.integration.mirrored import Mirrored
 
 NOON = datetime(2026, 3, 1, 12, 0, 0, 250_000, tzinfo=UTC)
 NOON_MS = 1772366400250.0
-
-
-@pytest.fixture
-def user() -> str:
-    return f"u-{uuid.uuid4().hex}"
 
 
 @pytest.fixture
@@ -126,8 +121,8 @@ class Kind(str, Enum):  # noqa: UP042  # whose str() is its name
     CALL = "conversation"
 
 
-def test_what_a_mirror_would_take_is_taken_as_it_has_it(mirrored: Mirrored, user: str) -> None:
-    number, some_uuid = uuid.uuid4().int, uuid.UUID(int=7)
+def test_what_a_mirror_would_take_is_taken_as_it_has_it(mirrored: Mirrored) -> None:
+    number, some_uuid, of_a_user = uuid.uuid4().int, uuid.UUID(int=7), uuid.uuid4()
     for _ in range(2):
         sync_activity(number, Kind.CALL, some_uuid, date(2026, 3, 1), {"by": some_uuid}, idempotency_key=some_uuid)  # type: ignore[arg-type]
     assert mirrored.activities(str(number)) == [
@@ -139,8 +134,8 @@ def test_what_a_mirror_would_take_is_taken_as_it_has_it(mirrored: Mirrored, user
             "metadata": {"by": str(some_uuid)},
         }
     ]
-    sync_user_status(uuid.UUID(user[2:]), next_due=date(2026, 3, 1))
-    assert mirrored.status(str(uuid.UUID(user[2:]))) is not None
+    sync_user_status(of_a_user, next_due=date(2026, 3, 1))
+    assert mirrored.status(str(of_a_user)) is not None
 
 
 _FIT = {"user_id": "u", "type": "check-in", "description": "x", "timestamp": 1}
@@ -212,14 +207,14 @@ def test_the_deadline_holds_against_a_server_that_is_silent(monkeypatch: pytest.
 def test_a_thread_that_could_not_start_is_started_by_the_next_call(
     mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch, user: str
 ) -> None:
-    monkeypatch.setattr(sync, "_LOOP", sync._Loop())
+    monkeypatch.setattr(background_loop, "_LOOP", background_loop._Loop())
     with monkeypatch.context() as full:
         full.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
         with pytest.raises(RuntimeError, match="can't start"):
             sync_activity(user, "check-in", "x", NOON)
-    later = sync._submit(sync._activity(user, "check-in", "x", NOON, None, None))
+    later = background_loop.submit(sync._activity(user, "check-in", "x", NOON, None, None))
     assert later.result(timeout=10) is not None
-    sync._hang_up()
+    background_loop._hang_up()
 
 
 # In a process of its own, since to fork one with threads is what must be survived. The child ends as gunicorn's do.

@@ -74,7 +74,7 @@ GONE = {
 
 @pytest.mark.parametrize("at_work", [True, False], ids=["at work", "away"])
 @pytest.mark.parametrize("how", GONE)
-async def test_rows_that_go_with_their_partition(  # noqa: PLR0917  # fixtures
+async def test_rows_that_go_with_their_partition(
     db: Database, work: Work, mirrored: Mirrored, mirror: Mirror, how: str, at_work: bool
 ) -> None:
     async with work() as running:
@@ -169,21 +169,26 @@ def mark_anew(db: Database) -> None:
     )
 
 
+async def read_while(db: Database, running: Running, altering: str) -> None:
+    """The page that waits for the table has its snapshot from before the change."""
+    await running.said("backfill.done")
+    await noted(db)
+    await running.at_rest()
+    with psycopg.connect(db.dsn) as application:
+        application.execute(altering)
+        mark_anew(db)
+        waits = "select count(*) > 0 from pg_locks where not granted and locktype = 'relation'"
+        await eventually(lambda: db.one(waits), expected=True)
+        application.commit()
+
+
 @pytest.mark.parametrize("how", REWRITTEN)
 async def test_rows_that_are_read_while_their_table_is_rewritten(
     db: Database, work: Work, mirrored: Mirrored, mirror: Mirror, how: str
 ) -> None:
     """To a snapshot from before then, the table is empty."""
     async with work() as running:
-        await running.said("backfill.done")
-        await noted(db)
-        await running.at_rest()
-        with psycopg.connect(db.dsn) as altering:
-            altering.execute(REWRITTEN[how])
-            mark_anew(db)
-            waits = "select count(*) > 0 from pg_locks where not granted and relation = 'visit'::regclass"
-            await eventually(lambda: db.one(waits), expected=True)
-            altering.commit()
+        await read_while(db, running, REWRITTEN[how])
         # What else such a page may have read wrongly is looked at again.
         assert "rewritten" in (await running.said("capture.tables_changed"))["cause"]
         await running.at_rest()
@@ -215,15 +220,7 @@ async def test_rows_that_are_read_while_another_table_takes_the_place_of_theirs(
     """A snapshot from before does not see what the new one was filled with."""
     db.execute("create table spare (like visit); create schema other; create table other.visit (like visit)")
     async with work() as running:
-        await running.said("backfill.done")
-        await noted(db)
-        await running.at_rest()
-        with psycopg.connect(db.dsn) as altering:
-            altering.execute(SWAPPED[how])
-            mark_anew(db)
-            waits = "select count(*) > 0 from pg_locks where not granted and locktype = 'relation'"
-            await eventually(lambda: db.one(waits), expected=True)
-            altering.commit()
+        await read_while(db, running, SWAPPED[how])
         await running.said("capture.tables_changed")
         await running.at_rest()
         await equal(mirrored, mirror, db)
@@ -238,7 +235,7 @@ WHOLE_ROWS = {
 
 
 @pytest.mark.parametrize("how", WHOLE_ROWS)
-async def test_columns_of_a_query_that_shows_whole_rows(  # noqa: PLR0917  # fixtures
+async def test_columns_of_a_query_that_shows_whole_rows(
     db: Database, work: Work, mirrored: Mirrored, mirror: Mirror, user: str, how: str
 ) -> None:
     """A column that comes, or gets another name, is in each document, and no trigger fires."""

@@ -40,7 +40,7 @@ async def said(worker: Child, event: str, *, times: int = 1) -> None:
     await asyncio.to_thread(worker.said, event, times=times)
 
 
-async def test_one_that_stalled_with_a_batch_under_way_does_no_harm_when_it_wakes(  # noqa: PLR0917  # fixtures
+async def test_one_that_stalled_with_a_batch_under_way_does_no_harm_when_it_wakes(
     db: Database, local_convex: convex.LocalConvex, mirror: Mirror, mirrored: Mirrored, tmp_path: Path, user: str
 ) -> None:
     async with Interposed(local_convex) as between:
@@ -77,7 +77,7 @@ async def test_one_that_stalled_with_a_batch_under_way_does_no_harm_when_it_wake
                 )
 
 
-async def test_one_that_is_killed_behind_a_pooler_is_replaced_with_its_lease(  # noqa: PLR0917  # fixtures
+async def test_one_that_is_killed_behind_a_pooler_is_replaced_with_its_lease(
     db: Database,
     pooled_database: str,
     local_convex: convex.LocalConvex,

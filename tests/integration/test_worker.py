@@ -307,7 +307,7 @@ async def test_without_a_convex_url_it_waits_and_keeps(
         await eventually(lambda: len(mirrored.activities(user)), 1)
 
 
-async def test_another_empty_deployment_is_filled(  # noqa: PLR0917  # fixtures
+async def test_another_empty_deployment_is_filled(
     mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, fresh_convex: convex.LocalConvex, user: str
 ) -> None:
     db.execute("""insert into "User" values (%s)""", user)
@@ -323,7 +323,7 @@ async def test_another_empty_deployment_is_filled(  # noqa: PLR0917  # fixtures
 # Postgres is not there, or not as it should be.
 
 
-async def test_postgres_is_out_of_reach_at_the_start_and_later(  # fixtures
+async def test_postgres_is_out_of_reach_at_the_start_and_later(
     mirrors: Sequence[Mirror],
     postgres_flavour: postgres.Flavour,
     local_convex: convex.LocalConvex,
@@ -394,7 +394,7 @@ async def test_a_lease_whose_session_does_not_open_is_said_once(
         await eventually(lambda: mirrored.descriptions(user), ["Checked in"])
 
 
-async def test_through_a_pooler_it_polls(  # noqa: PLR0917  # fixtures
+async def test_through_a_pooler_it_polls(
     mirrors: Sequence[Mirror],
     db: Database,
     pooled_database: str,
@@ -415,7 +415,7 @@ async def test_through_a_pooler_it_polls(  # noqa: PLR0917  # fixtures
     assert db.one("select count(*) from pg_locks where locktype = 'advisory' and granted") == 0
 
 
-async def test_through_a_pooler_it_listens_on_a_direct_connection(  # noqa: PLR0917  # fixtures
+async def test_through_a_pooler_it_listens_on_a_direct_connection(
     mirrors: Sequence[Mirror],
     db: Database,
     pooled_database: str,
@@ -558,7 +558,7 @@ async def test_a_table_that_is_locked_holds_up_no_other_mirror(
             await eventually(lambda: mirrored.status(user), {"userId": user}, seconds=6)
 
 
-async def test_a_foreign_server_that_is_away_holds_up_no_other_mirror(  # noqa: PLR0917  # fixtures
+async def test_a_foreign_server_that_is_away_holds_up_no_other_mirror(
     mirrors: Sequence[Mirror],
     db: Database,
     work: Work,
@@ -632,7 +632,7 @@ def failing(db: Database, mirrors: Sequence[Mirror]) -> Sequence[Mirror]:
 
 
 @pytest.mark.parametrize("state", EITHER)
-async def test_memory_or_a_file_that_one_mirror_lacks_holds_up_no_other(  # noqa: PLR0917  # fixtures
+async def test_memory_or_a_file_that_one_mirror_lacks_holds_up_no_other(
     failing: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str, state: str
 ) -> None:
     async with work(failing) as running:
@@ -653,7 +653,7 @@ async def test_memory_or_a_file_that_one_mirror_lacks_holds_up_no_other(  # noqa
 
 
 @pytest.mark.parametrize("state", EITHER)
-async def test_memory_or_a_file_that_all_mirrors_lack_is_the_database_s(  # noqa: PLR0917  # fixtures
+async def test_memory_or_a_file_that_all_mirrors_lack_is_the_database_s(
     failing: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str, state: str
 ) -> None:
     async with work(failing) as running:
@@ -823,7 +823,7 @@ LOUD = {
 
 
 @pytest.mark.parametrize("what", LOUD)
-async def test_what_is_gone_for_all_rows_breaks_the_mirror_until_it_is_back(  # noqa: PLR0917  # fixtures
+async def test_what_is_gone_for_all_rows_breaks_the_mirror_until_it_is_back(
     mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str, what: str
 ) -> None:
     body, rename, cause = LOUD[what]
@@ -1024,7 +1024,7 @@ async def test_a_document_is_measured_as_convex_measures_it(
 
 
 @pytest.mark.parametrize("state", ["54000", "54001"])
-async def test_a_row_that_passes_a_limit_of_postgres_is_parked_alone(  # noqa: PLR0917  # fixtures
+async def test_a_row_that_passes_a_limit_of_postgres_is_parked_alone(
     mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str, state: str
 ) -> None:
     """A text whose JSON passes 1 GB, a value that is nested too deep for the stack: nothing that ends by waiting."""

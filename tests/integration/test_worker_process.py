@@ -199,7 +199,7 @@ app()
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_second_worker_stands_by_and_takes_over(  # noqa: PLR0917  # fixtures
+def test_a_second_worker_stands_by_and_takes_over(
     db: Database, local_convex: convex.LocalConvex, mirrored: Mirrored, config: Path, user: str, how: signal.Signals
 ) -> None:
     env = environment(db.dsn, local_convex, config, CDC_LEASE_SECONDS=30)
