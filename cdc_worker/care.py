@@ -178,11 +178,14 @@ class Care:
         if saves == self._noted_saves:
             return
         before = await self._outage.insist(lambda: self._functions.note_saves(self._epoch, saves))
+        if before is None:
+            return  # another epoch: the next batch is told, too
         # A call that was repeated finds its own note.
-        if before is not None and before not in {saves, self._noted_saves}:
+        if before not in {saves, self._noted_saves}:
             reason = "the deployment was set back to an older state"
             log.warning("session.rescan", cause=reason, cure="none needed: every row and document is looked at again")
             await backfill.request_all(self._database, reason)
+        await self._checkpoint.note_told(saves)
         self._noted_saves = saves
 
     async def _rescan(self, reader: Reader) -> None:
