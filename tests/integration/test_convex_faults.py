@@ -222,6 +222,36 @@ async def test_a_batch_that_is_too_large_for_somebody_in_between_is_made_smaller
         assert running.log.events.count("session.open") == 1
 
 
+def one_at_a_time(seconds: float) -> Fault:
+    """Requests wait in line, and run also when nobody waits for them any more."""
+    turn = asyncio.Lock()
+
+    async def fault(_request: web.Request, body: bytes, run: Run) -> web.Response:
+        async with turn:
+            await asyncio.sleep(seconds)
+            status, answer = await run()
+        return web.Response(status=status, body=answer, content_type="application/json")
+
+    return fault
+
+
+async def test_more_at_once_than_convex_answers_in_time_stands_in_nobodys_way(
+    mirrors: Sequence[Mirror], db: Database, between: Interposed, user: str
+) -> None:
+    settings = quick_settings(db.dsn, between.convex, CDC_CONVEX_TIMEOUT_SECONDS=0.5, CDC_BATCH_KEYS=10)
+    async with worker_at_work(settings, mirrors) as running:
+        await running.said("session.open")
+        between.fault = one_at_a_time(0.1)
+        db.execute(
+            """insert into "CheckIn" select n::text, %s, null, null, now() from generate_series(1, 300) as n""", user
+        )
+        async with asyncio.timeout(30):
+            await running.at_rest()
+        between.fault = None
+        assert running.log.of("convex.unreachable")[0]["cause"] == "no answer in time"
+        assert running.log.events.count("session.open") == 1
+
+
 # What somebody does to documents by hand is put right with the next change of their rows.
 
 BY_HAND = """
