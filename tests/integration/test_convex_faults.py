@@ -112,22 +112,39 @@ async def met(between: Interposed, requests: int) -> None:
     await eventually(lambda: between.met >= requests, expected=True)
 
 
-def refuses(word: bytes) -> Fault:
-    """Convex fails on a batch with this word in it, for reasons of its own."""
+def refuses(word: bytes, status: int = 200, said: str = PAUSED) -> Fault:
+    """Convex fails on a batch with this word in it, or who is in between takes it for an attack."""
 
     async def fault(request: web.Request, body: bytes, run: Run) -> web.StreamResponse:
         if word in body:
-            return web.Response(text=PAUSED)
-        status, answer = await run()
-        return web.Response(status=status, body=answer)
+            return web.Response(status=status, text=said)
+        answered, answer = await run()
+        return web.Response(status=answered, body=answer)
 
     return fault
 
 
-async def test_a_key_that_convex_alone_refuses_is_found_and_parked(  # fixtures
-    mirrors: Sequence[Mirror], db: Database, between: Interposed, mirrored: Mirrored, user: str
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (refuses(b"poison"), "[Request ID: 1] Server Error"),
+        (
+            refuses(b"poison", 403, "<html>blocked</html>"),
+            "HTTP 403: something in front of CONVEX_URL (a firewall?) forbids this request",
+        ),
+    ],
+    ids=["Convex", "a firewall"],
+)
+async def test_a_key_that_convex_alone_refuses_is_found_and_parked(  # noqa: PLR0917  # fixtures
+    mirrors: Sequence[Mirror],
+    db: Database,
+    between: Interposed,
+    mirrored: Mirrored,
+    user: str,
+    fault: Fault,
+    reason: str,
 ) -> None:
-    between.fault = refuses(b"poison")
+    between.fault = fault
     async with worker_at_work(quick_settings(db.dsn, between.convex), mirrors) as running:
         await running.said("session.open")
         with db.connection.transaction():
@@ -136,7 +153,7 @@ async def test_a_key_that_convex_alone_refuses_is_found_and_parked(  # fixtures
         wanted = sorted(f"note {n}" for n in range(20) if n not in {3, 11})
         await eventually(lambda: mirrored.descriptions(user), wanted)
         parked = "select key, class, reason from cdc.parked_key order by key"
-        refused = [(f"{user}-{n}", "refused", "[Request ID: 1] Server Error") for n in (11, 3)]
+        refused = [(f"{user}-{n}", "refused", reason) for n in (11, 3)]
         await eventually(lambda: db.execute(parked), refused)
         assert "convex.misconfigured" not in running.log.events
         # A later good change settles it.
