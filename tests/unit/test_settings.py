@@ -103,6 +103,11 @@ def test_an_address_with_a_password_is_refused_without_it(monkeypatch: pytest.Mo
     assert "s3cret" not in str(caught.value)
 
 
+def test_the_deploy_key_is_not_sent_in_the_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="CONVEX_URL: must begin with https://"):
+        load(monkeypatch, CONVEX_URL="http://happy-otter-123.convex.cloud")
+
+
 @pytest.mark.parametrize("host", ["happy..otter.example", ".example", f"{'a' * 64}.example"])
 def test_a_host_that_no_name_server_is_ever_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     with pytest.raises(ConfigError) as caught:
