@@ -52,7 +52,7 @@ update cdc.checkpoint as c
 set holder = $1, token = token + 1, holder_pid = null, expires_at = clock_timestamp() + $2::float8 * interval '1 second'
 where shard = $3 and (holder = $1 or cdc.is_free(holder, expires_at, holder_pid))
 returning token, position::text, window_end::text, after_xid::text::int8, after_id, epoch, epoch_floor, saves,
-          deployment, incarnation
+          told_saves, deployment, incarnation
 """
 _LEAVE = """
 with forgotten as (delete from cdc.worker where name = $1)

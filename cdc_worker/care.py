@@ -178,11 +178,14 @@ class Care:
         if saves == self._noted_saves:
             return
         before = await self._outage.insist(lambda: self._functions.note_saves(self._epoch, saves))
+        if before is None:
+            return  # another epoch: the next batch is told, too
         # A call that was repeated finds its own note.
-        if before is not None and before not in {saves, self._noted_saves}:
+        if before not in {saves, self._noted_saves}:
             reason = "the deployment was set back to an older state"
             log.warning("session.rescan", cause=reason, cure="none needed: every row and document is looked at again")
             await backfill.request_all(self._database, reason)
+        await self._checkpoint.note_told(saves)
         self._noted_saves = saves
 
     async def _rescan(self, reader: Reader) -> None:
@@ -200,13 +203,21 @@ class Care:
                     self._note_failure(own, f'rescan of mirror "{plan.mirror.name}": ')
 
     async def _rescan_pages(self, reader: Reader, plans: dict[int, Plan]) -> None:
-        """Page by page, each when all before is read: live changes do not queue behind a million old rows."""
+        """Page by page, each when all before is read: live changes do not queue behind a million old rows. Nor does
+        other care: after a while it comes first, and then this goes on.
+        """
+        until = time.monotonic() + _SELDOM_SECONDS
         while (step := await backfill.step(self._database, plans, self._list_documents)) is not None:
             reader.caught_up.clear()
             reader.wake()
             if step.done:
                 log.info("backfill.done", mirror=self._registry.states[step.mirror_id].name, keys=step.total_marked)
-            await reader.caught_up.wait()
+            try:
+                async with asyncio.timeout(until - time.monotonic()):
+                    await reader.caught_up.wait()
+            except TimeoutError:
+                self._soon.set()
+                return
 
     async def _list_documents(self, plan: Plan, after: str | None, limit: int) -> Sequence[str]:
         return await self._outage.insist(lambda: self._functions.keys(plan.mirror, after, limit))

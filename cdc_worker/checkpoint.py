@@ -18,8 +18,10 @@ where shard = $1 and token = $2 returning saves
 """
 _NOTE_LISTENER = "update cdc.checkpoint set holder_pid = $3::int4 where shard = $1 and token = $2 returning 1"
 _NOTE_EPOCH = """
-update cdc.checkpoint set epoch = $3, deployment = $4, incarnation = $5 where shard = $1 and token = $2 returning 1
+update cdc.checkpoint set epoch = $3, deployment = $4, incarnation = $5, told_saves = saves
+where shard = $1 and token = $2 returning 1
 """
+_NOTE_TOLD = "update cdc.checkpoint set told_saves = $3 where shard = $1 and token = $2 returning 1"
 _RELEASE = "update cdc.checkpoint set holder = null, holder_pid = null where shard = $1 and token = $2"
 # Of the log that is written now. What pg_control_checkpoint() says is minutes old after a fail-over: it is the timeline
 # of the last checkpoint.
@@ -46,6 +48,8 @@ class Held:
     epoch: int
     epoch_floor: int
     saves: int
+    # As far as Convex was told.
+    told_saves: int
     deployment: str | None
     incarnation: str | None
 
@@ -81,10 +85,14 @@ class Checkpoint:
         self._fence(await self._database.execute(_NOTE_LISTENER, self._shard.name, self._token, pid))
 
     async def note_epoch(self, epoch: int, deployment: str, incarnation: str) -> None:
-        """What `cdc:open` answered, and which Postgres this is."""
+        """What `cdc:open` was told and answered, and which Postgres this is. Before the first save."""
         self._fence(
             await self._database.execute(_NOTE_EPOCH, self._shard.name, self._token, epoch, deployment, incarnation)
         )
+
+    async def note_told(self, saves: int) -> None:
+        """What `cdc:noteSaves` was told: afterwards, so that Convex has never heard less."""
+        self._fence(await self._database.execute(_NOTE_TOLD, self._shard.name, self._token, saves))
 
     async def release(self) -> None:
         await self._database.execute(_RELEASE, self._shard.name, self._token)

@@ -34,7 +34,7 @@ _CURES: Mapping[str | int, str] = {
     401: "CONVEX_DEPLOY_KEY does not belong to this deployment",
     "OperationNotPermitted": "CONVEX_DEPLOY_KEY needs the permissions deployment:functions:runInternalQueries and "
     "deployment:functions:runInternalMutations",
-    403: "CONVEX_DEPLOY_KEY may not do this: make a new deploy key in the dashboard",
+    "Unauthorized": "CONVEX_DEPLOY_KEY may not do this: make a new deploy key in the dashboard",
     # Some deployments say so of a function, in place of a failure.
     "FunctionPathNotFound": "deploy the convex/ folder of this worker's version",
     404: "there is no deployment at CONVEX_URL (in the cloud it ends in .convex.cloud, not in .convex.site or a path)",
@@ -42,6 +42,8 @@ _CURES: Mapping[str | int, str] = {
 # These may be about the one request, or about all of them: whoever sent it finds out.
 _REFUSALS = {
     400: "the request is not as Convex wants it",
+    # Convex itself says a code.
+    403: "something in front of CONVEX_URL (a firewall?) forbids this request",
     413: "a proxy in front of CONVEX_URL takes no request of this size",
 }
 _LARGE_BODY_BYTES = 1_048_576

@@ -74,11 +74,12 @@ def _doubt(held: Held, answer: Epoch, known: Known, xid: int) -> str:
         return "CONVEX_URL leads to another deployment than before"
     # A shard that `migrate` has just made has no epoch, neither here nor there.
     previous = answer.previous or 0
-    if previous < held.epoch:
+    # The epoch may be in the backup, if that was made while the reader was at work.
+    if (previous, answer.previousSaves) < (held.epoch, held.told_saves):
         return "the deployment was set back to an older state"
     if previous > held.epoch:
         return "Postgres was set back to an older state, or a worker died while it opened"
-    # The epoch may be in the backup, if that was made while the reader was at work.
+    # The same of Postgres.
     if max(known.saves, answer.previousSaves) > held.saves or known.xid > xid:
         return "Postgres was set back to an older state"
     return ""

@@ -38,12 +38,19 @@ class Outage:
         self._tries = 0
         self._over = asyncio.Event()
 
-    async def insist(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """The outcome of `attempt`, repeated while it is Transient or Misconfigured."""
+    async def insist(self, attempt: Callable[[], Awaitable[T]], *, repeating: asyncio.Lock | None = None) -> T:
+        """The outcome of `attempt`, repeated while it is Transient or Misconfigured.
+
+        `repeating`: of those that share it one at a time is repeated.
+        """
+        before: contextlib.AbstractAsyncContextManager[None] = contextlib.nullcontext()
 
         async def once() -> T:
-            with self._liveness.waits_for(_CONVEX):
-                return await attempt()
+            nonlocal before
+            async with before:
+                before = repeating or before
+                with self._liveness.waits_for(_CONVEX):
+                    return await attempt()
 
         value: T = await AsyncRetrying(
             wait=wait_random_exponential(multiplier=_FIRST_PAUSE_SECONDS, max=self._longest),

@@ -52,6 +52,8 @@ class Sender:
         self._tally = tally
         # Something to send came in, or a place became free: look again.
         self._wake = asyncio.Event()
+        # Repeated all at once, batches that had no answer in time may never have one: Convex goes on with those before.
+        self._repeating = asyncio.Lock()
         self._stopping = False
         self._under_way = 0
 
@@ -115,7 +117,7 @@ class Sender:
                 self._liveness.moved(KEYS)
 
         try:
-            verdicts = await self._outage.insist(attempt)
+            verdicts = await self._outage.insist(attempt, repeating=self._repeating)
         except FunctionFailed as failure:
             if unknown:
                 # These keys would get new numbers, and the ghost could come after them: a new epoch shuts it out.

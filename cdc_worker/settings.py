@@ -31,6 +31,15 @@ _FOREIGN = {
 }
 
 
+def _may_be_looked_up(host: str) -> bool:
+    """Python fails to look up what can be no name with an error of its own, which nobody expects of a look-up."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return True
+
+
 def _conninfo(value: SecretStr) -> SecretStr:
     dsn = value.get_secret_value().strip()
     try:
@@ -43,6 +52,9 @@ def _conninfo(value: SecretStr) -> SecretStr:
                 f"has what only Prisma or node-postgres knows: take {', '.join(found)} out of it"
             ) from None
         raise ValueError("is no connection string: give postgres://user:password@host:port/database") from None
+    hosts = str(parameters.get("host", "")).split(",")
+    if not all(_may_be_looked_up(host) for host in hosts if not host.startswith("/")):  # the folder of a socket
+        raise ValueError("is no connection string: its host can be no name")
     # The driver finds out when it connects, and that would be tried for ever.
     if parameters.get("sslmode") == "no-verify":
         raise ValueError(
@@ -54,8 +66,11 @@ def _conninfo(value: SecretStr) -> SecretStr:
 def _http_url(value: str) -> str:
     value = value.strip()
     parts = urlsplit(value)
-    if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
+    host = parts.hostname
+    if parts.scheme not in {"http", "https"} or not host or "@" in parts.netloc or not _may_be_looked_up(host):
         raise ValueError("must be an address like https://happy-otter-123.convex.cloud")
+    if parts.scheme == "http" and host.endswith(".convex.cloud"):
+        raise ValueError("must begin with https://: otherwise the deploy key travels in the clear")
     return value.rstrip("/")  # a trailing slash would give 404
 
 

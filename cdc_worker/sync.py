@@ -19,7 +19,7 @@ import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from cdc_worker.background_loop import deployment_of, submit
-from cdc_worker.errors import CdcError, FunctionFailed, Misconfigured, Transient
+from cdc_worker.errors import CdcError, ConfigError, FunctionFailed, Misconfigured, Transient
 from cdc_worker.safe_json import parse
 from cdc_worker.settings import ConvexSettings, load_settings
 from convex import ConvexError
@@ -45,7 +45,8 @@ UNSET: Final = Unset()
 
 
 class SyncError(CdcError):
-    """Convex did not take it within CDC_SYNC_SECONDS, or refused it; or an argument is nothing for it.
+    """Convex did not take it within CDC_SYNC_SECONDS, or refused it; or an argument is nothing for it, or a setting
+    cannot be used.
 
     Of the first two it may have arrived all the same, and the same call may be made again, an activity's with an
     `idempotency_key`.
@@ -212,7 +213,10 @@ async def _status(
 
 
 async def _call(path: str, args: dict[str, Any]) -> Any:
-    settings = load_settings(ConvexSettings)
+    try:
+        settings = load_settings(ConvexSettings)
+    except ConfigError as error:
+        raise SyncError(f"{path}: {error}") from None
     if settings.missing_for_convex:
         log.warning("sync.skipped", function=path, missing=list(settings.missing_for_convex), cure="set it")
         return None
@@ -235,6 +239,8 @@ async def _call(path: str, args: dict[str, Any]) -> Any:
     except ConvexError as error:
         raise SyncError(f"{path}: {_reason(error)}") from None
     except (Misconfigured, FunctionFailed) as error:
+        raise SyncError(f"{path}: {error}") from None
+    except RuntimeError as error:  # Python is ending, in which it looks up no name
         raise SyncError(f"{path}: {error}") from None
 
 

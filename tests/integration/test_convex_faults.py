@@ -112,22 +112,39 @@ async def met(between: Interposed, requests: int) -> None:
     await eventually(lambda: between.met >= requests, expected=True)
 
 
-def refuses(word: bytes) -> Fault:
-    """Convex fails on a batch with this word in it, for reasons of its own."""
+def refuses(word: bytes, status: int = 200, said: str = PAUSED) -> Fault:
+    """Convex fails on a batch with this word in it, or who is in between takes it for an attack."""
 
     async def fault(request: web.Request, body: bytes, run: Run) -> web.StreamResponse:
         if word in body:
-            return web.Response(text=PAUSED)
-        status, answer = await run()
-        return web.Response(status=status, body=answer)
+            return web.Response(status=status, text=said)
+        answered, answer = await run()
+        return web.Response(status=answered, body=answer)
 
     return fault
 
 
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (refuses(b"poison"), "[Request ID: 1] Server Error"),
+        (
+            refuses(b"poison", 403, "<html>blocked</html>"),
+            "HTTP 403: something in front of CONVEX_URL (a firewall?) forbids this request",
+        ),
+    ],
+    ids=["Convex", "a firewall"],
+)
 async def test_a_key_that_convex_alone_refuses_is_found_and_parked(  # fixtures
-    mirrors: Sequence[Mirror], db: Database, between: Interposed, mirrored: Mirrored, user: str
+    mirrors: Sequence[Mirror],
+    db: Database,
+    between: Interposed,
+    mirrored: Mirrored,
+    user: str,
+    fault: Fault,
+    reason: str,
 ) -> None:
-    between.fault = refuses(b"poison")
+    between.fault = fault
     async with worker_at_work(quick_settings(db.dsn, between.convex), mirrors) as running:
         await running.said("session.open")
         with db.connection.transaction():
@@ -136,7 +153,7 @@ async def test_a_key_that_convex_alone_refuses_is_found_and_parked(  # fixtures
         wanted = sorted(f"note {n}" for n in range(20) if n not in {3, 11})
         await eventually(lambda: mirrored.descriptions(user), wanted)
         parked = "select key, class, reason from cdc.parked_key order by key"
-        refused = [(f"{user}-{n}", "refused", "[Request ID: 1] Server Error") for n in (11, 3)]
+        refused = [(f"{user}-{n}", "refused", reason) for n in (11, 3)]
         await eventually(lambda: db.execute(parked), refused)
         assert "convex.misconfigured" not in running.log.events
         # A later good change settles it.
@@ -219,6 +236,36 @@ async def test_a_batch_that_is_too_large_for_somebody_in_between_is_made_smaller
         await eventually(lambda: len(mirrored.activities(user)), 60)
         await running.stop()
         assert running.log.of("key.parked") == []
+        assert running.log.events.count("session.open") == 1
+
+
+def one_at_a_time(seconds: float) -> Fault:
+    """Requests wait in line, and run also when nobody waits for them any more."""
+    turn = asyncio.Lock()
+
+    async def fault(_request: web.Request, body: bytes, run: Run) -> web.Response:
+        async with turn:
+            await asyncio.sleep(seconds)
+            status, answer = await run()
+        return web.Response(status=status, body=answer, content_type="application/json")
+
+    return fault
+
+
+async def test_more_at_once_than_convex_answers_in_time_stands_in_nobodys_way(
+    mirrors: Sequence[Mirror], db: Database, between: Interposed, user: str
+) -> None:
+    settings = quick_settings(db.dsn, between.convex, CDC_CONVEX_TIMEOUT_SECONDS=0.5, CDC_BATCH_KEYS=10)
+    async with worker_at_work(settings, mirrors) as running:
+        await running.said("session.open")
+        between.fault = one_at_a_time(0.1)
+        db.execute(
+            """insert into "CheckIn" select n::text, %s, null, null, now() from generate_series(1, 300) as n""", user
+        )
+        async with asyncio.timeout(30):
+            await running.at_rest()
+        between.fault = None
+        assert running.log.of("convex.unreachable")[0]["cause"] == "no answer in time"
         assert running.log.events.count("session.open") == 1
 
 

@@ -315,6 +315,33 @@ async def test_a_deployment_that_was_set_back_within_an_epoch(
             await running.stop()
 
 
+async def test_a_deployment_that_was_set_back_within_an_epoch_while_no_worker_ran(
+    mirrors: Sequence[Mirror],
+    database: str,
+    fresh_convex: convex.LocalConvex,
+    user: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As an operator restores a backup: the worker is stopped before, or restarted soon after."""
+    monkeypatch.setattr(care, "_SELDOM_SECONDS", 0.2)
+    settings = quick_settings(database, fresh_convex)
+    mirrored = Mirrored(fresh_convex.url, fresh_convex.admin_key)
+    with Database(database, TABLES, mirrors) as db:
+        async with worker_at_work(settings, mirrors):
+            begin(db, user)
+            await eventually(lambda: state(mirrored, user), BEFORE)
+        async with worker_at_work(settings, mirrors) as running:
+            epoch = (await running.said("session.open"))["epoch"]
+            backup = db.one("select told_saves from cdc.checkpoint")
+            go_on(db, user)
+            await eventually(lambda: state(mirrored, user), AFTER)
+            await eventually(lambda: db.one("select told_saves from cdc.checkpoint") > backup, expected=True)
+            assert not running.log.of("session.rescan"), "it is as the worker before had left it"
+        await asyncio.to_thread(mirrored.note_saves, "0", epoch, backup)
+        async with worker_at_work(settings, mirrors) as running:
+            assert "the deployment was set back" in await rescanned(running, since=0)
+
+
 async def test_triggers_that_come_back(
     mirrors: Sequence[Mirror],
     database: str,

@@ -117,6 +117,39 @@ def test_what_convex_refuses_or_cannot_be_reached_for_is_an_error(
         sync_user_status(user, next_due=NOON)
 
 
+def test_a_setting_that_cannot_be_used_is_an_error_of_the_call(monkeypatch: pytest.MonkeyPatch, user: str) -> None:
+    monkeypatch.setenv("CONVEX_URL", "happy-otter-123.convex.cloud")
+    with pytest.raises(SyncError, match="CONVEX_URL: must be an address like"):
+        sync_activity(user, "check-in", "x", NOON)
+
+
+# In a process of its own: its pool is still at work when the main thread is through, as at the end of a script.
+_ENDS = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+from cdc_worker.sync import SyncError, sync_activity
+def late():
+    time.sleep(0.5)
+    try:
+        sync_activity("u", "check-in", "x", 1)
+    except SyncError as error:
+        print(error)
+ThreadPoolExecutor().submit(late)
+"""
+
+
+def test_the_end_of_python_is_an_error_of_the_call() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _ENDS],
+        env={"CONVEX_URL": "http://localhost:9", "CONVEX_DEPLOY_KEY": "k"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
+    assert done.stdout.startswith("activities:addActivity: cannot schedule new futures"), done.stderr
+
+
 class Kind(str, Enum):  # noqa: UP042  # whose str() is its name
     CALL = "conversation"
 

@@ -14,6 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from cdc_worker import backfill as rescans
 from cdc_worker import care, parking, registry
 from cdc_worker.catalog import check
 from cdc_worker.mirrors import Mirror, Source
@@ -1084,6 +1085,23 @@ async def test_a_rescan_that_fails_holds_up_no_other_and_quotes_no_row(
         db.execute("update bad set note = '2'")
         await eventually(lambda: mirrored.keys(bad.name), ["1"])
         assert "s3cret" not in str(running.log.lines)
+
+
+async def test_a_long_rescan_keeps_the_worker_from_no_other_care(
+    mirrors: Sequence[Mirror], db: Database, work: Work, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(care, "_SELDOM_SECONDS", 0.2)
+    monkeypatch.setattr(rescans, "_PAGE_KEYS", 1)
+    db.execute(
+        """insert into "CheckIn" select n::text, %s, null, null, now() from generate_series(1, 1000) as n""", user
+    )
+    async with work() as running:
+        await eventually(lambda: db.one("select max(marked) > 5 from cdc.backfill"), expected=True)
+        db.execute("""alter table "Alert" disable trigger user""")
+        await running.said("capture.missing")
+        assert [line for line in running.log.of("backfill.done") if line["mirror"] == mirrors[0].name] == []
+        monkeypatch.setattr(rescans, "_PAGE_KEYS", 1_000)
+        await running.said("backfill.done", times=2)
 
 
 async def test_a_database_that_refuses_ddl_keeps_the_log_from_turning_and_nothing_else(

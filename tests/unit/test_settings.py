@@ -103,6 +103,35 @@ def test_an_address_with_a_password_is_refused_without_it(monkeypatch: pytest.Mo
     assert "s3cret" not in str(caught.value)
 
 
+def test_the_deploy_key_is_not_sent_in_the_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="CONVEX_URL: must begin with https://"):
+        load(monkeypatch, CONVEX_URL="http://happy-otter-123.convex.cloud")
+
+
+@pytest.mark.parametrize("host", ["happy..otter.example", ".example", f"{'a' * 64}.example"])
+def test_a_host_that_no_name_server_is_ever_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(
+            monkeypatch,
+            CONVEX_URL=f"https://{host}",
+            DATABASE_URL=f"postgres://u:s3cret@{host}/d",
+            LISTEN_DATABASE_URL=f"postgres://u:s3cret@db.example,{host}/d",
+        )
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+        "CONVEX_URL",
+        "DATABASE_URL",
+        "LISTEN_DATABASE_URL",
+    ]
+    assert "s3cret" not in str(caught.value)
+
+
+def test_hosts_that_are_names_addresses_or_folders_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for host in ("db.example.", "a_b", "::1", "10.0.0.1", "/tmp/../run", ""):  # no file is made
+        load(monkeypatch, DATABASE_URL=f"host='{host}' dbname=d")
+    for host in ("häppy.example", "[::1]", "localhost:3210"):
+        load(monkeypatch, CONVEX_URL=f"http://{host}")
+
+
 BOUNDS = [
     ("CDC_BATCH_KEYS", "0", "greater than or equal to 1"),
     ("CDC_BATCH_KEYS", "501", "less than or equal to 500"),
