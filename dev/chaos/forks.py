@@ -39,6 +39,11 @@ class Fork:
     def exit_code(self) -> int | None:
         return self._process.exitcode
 
+    def wait(self, seconds: float) -> int | None:
+        """Its exit code when it has ended; None if it has not by then."""
+        self._process.join(seconds)
+        return self._process.exitcode
+
     def signal(self, number: signal.Signals) -> None:
         """Nothing happens if it has ended."""
         if self._process.is_alive() and self._process.pid is not None:

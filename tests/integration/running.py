@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from structlog.typing import EventDict, WrappedLogger
 from cdc_worker.mirrors import Mirror
 from cdc_worker.settings import Settings, load_settings
 from cdc_worker.worker import Worker
+from dev.chaos.forks import Connection, Fork
 from dev.local_convex import LocalConvex
 from dev.processes import Process
 from tests.integration.application import toml
@@ -183,3 +185,32 @@ def child(
     stdout, stderr = (folder / f"{name}.{stream}" for stream in ("out", "err"))
     with Process(argv, stdout=stdout, stderr=stderr, env=env, cwd=ROOT, ladder=((signal.SIGTERM, 5.0),)) as process:
         yield Child(process)
+
+
+def run_command(folder: Path, env: Mapping[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    """A command of the worker's to its end, in a process of its own that has its modules from a fork.
+
+    Nine tenths of a command are their imports, which no test of a command is about. test_procfile.py and
+    test_worker_process.py start the program itself.
+    """
+    stdout, stderr = folder / "command.out", folder / "command.err"
+    fork = Fork(_run_command, words, dict(env), stdout, stderr)
+    code = fork.wait(30)
+    fork.kill()
+    assert code is not None, f"`{' '.join(words)}` does not end: {stderr.read_text()}"
+    return subprocess.CompletedProcess(words, code, stdout.read_text(), stderr.read_text())
+
+
+def _run_command(_: Connection, words: Sequence[str], env: Mapping[str, str], stdout: Path, stderr: Path) -> None:
+    """In the child."""
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.argv = ["cdc-worker", *words]
+    # Here, not above: most tests of a worker have no need of its commands.
+    from cdc_worker.__main__ import main  # noqa: PLC0415
+
+    main()
