@@ -1,11 +1,13 @@
 """A worker at work: in this process, so that a test may reach into it, or in one of its own, as in production."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -20,7 +22,7 @@ from cdc_worker.settings import Settings, load_settings
 from cdc_worker.worker import Worker
 from dev.chaos.forks import Connection, Fork
 from dev.local_convex import LocalConvex
-from dev.processes import Process
+from dev.processes import Process, ProcessError
 from tests.integration.application import toml
 
 ROOT = Path(__file__).parents[2]
@@ -135,10 +137,64 @@ async def worker_at_work(settings: Settings, mirrors: Sequence[Mirror]) -> Async
         structlog.reset_defaults()
 
 
-class Child:
-    """`python -m cdc_worker` in a process of its own."""
+class Forked:
+    """`cdc-worker` in a process of its own that has its modules from a fork, in place of a `Process`.
 
-    def __init__(self, process: Process) -> None:
+    Nine tenths of a short life are imports, which only tests of the program as such are about (test_worker_process.py,
+    test_procfile.py).
+    """
+
+    def __init__(self, stdout: Path, stderr: Path, env: Mapping[str, str], words: Sequence[str]) -> None:
+        self.stdout, self.stderr = stdout, stderr
+        for path in (stdout, stderr):
+            path.write_bytes(b"")
+        self._fork = Fork(_as_program, words, dict(env), stdout, stderr)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._fork.exit_code
+
+    def signal(self, number: signal.Signals) -> None:
+        self._fork.signal(number)
+
+    def wait(self, timeout: float) -> int:
+        if (code := self._fork.wait(timeout)) is None:
+            raise ProcessError(f"it still runs after {timeout:g} s\n{self.tail()}")
+        return code
+
+    def kill(self) -> None:
+        self._fork.kill()
+
+    def tail(self) -> str:
+        return self.stderr.read_text()[-3_000:]
+
+
+def _as_program(pipe: Connection, words: Sequence[str], env: Mapping[str, str], stdout: Path, stderr: Path) -> None:
+    """In the child."""
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.argv = ["cdc-worker", *words]
+    threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
+    # Here, not above: most tests of a worker have no need of its commands.
+    from cdc_worker.__main__ import main  # noqa: PLC0415
+
+    main()
+
+
+def _end_with_parent(pipe: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        pipe.recv()
+    os._exit(1)
+
+
+class Child:
+    """A worker in a process of its own."""
+
+    def __init__(self, process: Process | Forked) -> None:
         self.process = process
 
     @property
@@ -187,30 +243,21 @@ def child(
         yield Child(process)
 
 
+@contextmanager
+def forked_child(folder: Path, env: Mapping[str, str], *, name: str) -> Iterator[Child]:
+    """A worker, forked. Killed on leaving, if it still runs."""
+    process = Forked(folder / f"{name}.out", folder / f"{name}.err", env, ["run"])
+    try:
+        yield Child(process)
+    finally:
+        process.kill()
+
+
 def run_command(folder: Path, env: Mapping[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    """A command of the worker's to its end, in a process of its own that has its modules from a fork.
-
-    Nine tenths of a command are their imports, which no test of a command is about. test_procfile.py and
-    test_worker_process.py start the program itself.
-    """
-    stdout, stderr = folder / "command.out", folder / "command.err"
-    fork = Fork(_run_command, words, dict(env), stdout, stderr)
-    code = fork.wait(30)
-    fork.kill()
-    assert code is not None, f"`{' '.join(words)}` does not end: {stderr.read_text()}"
-    return subprocess.CompletedProcess(words, code, stdout.read_text(), stderr.read_text())
-
-
-def _run_command(_: Connection, words: Sequence[str], env: Mapping[str, str], stdout: Path, stderr: Path) -> None:
-    """In the child."""
-    for number, path in ((1, stdout), (2, stderr)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(ROOT)
-    sys.argv = ["cdc-worker", *words]
-    # Here, not above: most tests of a worker have no need of its commands.
-    from cdc_worker.__main__ import main  # noqa: PLC0415
-
-    main()
+    """A command to its end, forked."""
+    process = Forked(folder / "command.out", folder / "command.err", env, words)
+    try:
+        code = process.wait(30)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(words, code, process.stdout.read_text(), process.stderr.read_text())
