@@ -45,6 +45,11 @@ def quick_settings(dsn: str, convex: LocalConvex | None, **given: Any) -> Settin
     return load_settings(Settings, **{"database_url": dsn, **where, **QUICK, **given})
 
 
+def pause(waited: float) -> float:
+    """Seconds until the next look at what others still compute: looks cost them time."""
+    return min(max(waited / 10, 0.01), 0.05)
+
+
 class Log:
     """The lines of a worker, as fields, in order."""
 
@@ -204,15 +209,16 @@ class Child:
         return [json.loads(line) for line in whole.splitlines()]
 
     def said(self, event: str, *, times: int = 1, seconds: float = SECONDS) -> dict[str, Any]:
-        deadline = time.monotonic() + seconds
+        started = time.monotonic()
         while True:
+            waited = time.monotonic() - started
             ended = self.process.returncode is not None
             found = [line for line in self.lines if line["event"] == event]
             if len(found) >= times:
                 return found[times - 1]
             assert not ended, f"it ended with {self.process.returncode}, and never said {event}:\n{self.process.tail()}"
-            assert time.monotonic() < deadline, f"it never said {event}:\n{self.process.tail()}"
-            time.sleep(0.01)
+            assert waited < seconds, f"it never said {event}:\n{self.process.tail()}"
+            time.sleep(pause(waited))
 
     def term(self) -> None:
         self.process.signal(signal.SIGTERM)
