@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import psycopg
 import structlog
@@ -33,7 +33,9 @@ from cdc_worker.postgres_errors import cause, is_gone
 from cdc_worker.registry import known_mirrors
 from cdc_worker.replay import replay as mark_again
 from cdc_worker.settings import Settings, load_settings, unknown_settings
-from cdc_worker.worker import Worker
+
+if TYPE_CHECKING:
+    from cdc_worker.worker import Worker
 
 app = typer.Typer(
     name="cdc-worker",
@@ -73,13 +75,16 @@ def run() -> None:
     exits at once; what was under way is delivered again by the next start.
     """
     settings, mirrors = _start()
+    # Here, not above: with it comes the client for HTTP, a fifth of a command's start, which no other command needs.
+    from cdc_worker.worker import Worker  # noqa: PLC0415
+
     try:
         asyncio.run(_run(Worker(settings, mirrors)))
     except* LogGone:
         os._exit(1)  # Python's own end would try to say it
 
 
-async def _run(worker: Worker) -> None:
+async def _run(worker: "Worker") -> None:
     loop = asyncio.get_running_loop()
     asked = False
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from typing import NoReturn, cast
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -78,10 +79,17 @@ def postgres_server(postgres_flavour: postgres.Flavour) -> Iterator[postgres.Ser
         yield server
 
 
+@pytest.fixture(scope="session")
+def administrator(postgres_server: postgres.Server) -> Iterator[psycopg.Connection]:
+    """Makes and drops the databases."""
+    with postgres_server.admin() as connection:
+        yield connection
+
+
 @pytest.fixture
-def database(postgres_server: postgres.Server) -> Iterator[str]:
+def database(postgres_server: postgres.Server, administrator: psycopg.Connection) -> Iterator[str]:
     """The URL of a fresh database, which a role without privileges owns. Dropped afterwards."""
-    with postgres.database(postgres_server) as dsn:
+    with postgres.database(postgres_server, admin=administrator) as dsn:
         yield dsn
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 _CONTEXT: Final = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
-        *("cdc_worker.__main__", "psycopg_binary", "aiohttp", "dev.chaos.workers", "dev.chaos.writers"),
+        *("cdc_worker.__main__", "cdc_worker.worker", "psycopg_binary", "dev.chaos.workers", "dev.chaos.writers"),
         # A child imports the program that it comes from.
         *(["pytest"] if "pytest" in sys.modules else []),
     ]
@@ -37,6 +37,11 @@ class Fork:
 
     @property
     def exit_code(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, seconds: float) -> int | None:
+        """Its exit code when it has ended; None if it has not by then."""
+        self._process.join(seconds)
         return self._process.exitcode
 
     def signal(self, number: signal.Signals) -> None:

@@ -8,7 +8,11 @@ import { convexToJson, type JSONValue, type Value } from "convex/values";
  * apart once they are in one tree. Values are therefore printed first, and embedded as text.
  */
 export class JsonText {
-  constructor(readonly text: string) {}
+  readonly text: string;
+
+  constructor(text: string) {
+    this.text = text;
+  }
 }
 
 /** What `printJson` prints: JSON, with printed values in it. `undefined` fields are left out. */

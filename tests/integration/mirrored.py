@@ -9,6 +9,7 @@ from typing import Any
 from convex.http_client import ConvexHttpClient
 
 from dev import local_convex as convex
+from tests.integration.running import pause
 
 SECONDS = 10.0
 
@@ -59,10 +60,11 @@ def _content(document: Mapping[str, Any]) -> dict[str, Any]:
 
 async def eventually(look: Callable[[], object], expected: object, *, seconds: float = SECONDS) -> None:
     """Looks, in a thread, until that is what it sees."""
-    deadline = asyncio.get_running_loop().time() + seconds
+    started = asyncio.get_running_loop().time()
     while (seen := await asyncio.to_thread(look)) != expected:
-        assert asyncio.get_running_loop().time() < deadline, f"saw {seen!r} at last, expected {expected!r}"
-        await asyncio.sleep(0.01)
+        waited = asyncio.get_running_loop().time() - started
+        assert waited < seconds, f"saw {seen!r} at last, expected {expected!r}"
+        await asyncio.sleep(pause(waited))
 
 
 @contextmanager

@@ -1,10 +1,13 @@
 """A worker at work: in this process, so that a test may reach into it, or in one of its own, as in production."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -17,8 +20,9 @@ from structlog.typing import EventDict, WrappedLogger
 from cdc_worker.mirrors import Mirror
 from cdc_worker.settings import Settings, load_settings
 from cdc_worker.worker import Worker
+from dev.chaos.forks import Connection, Fork
 from dev.local_convex import LocalConvex
-from dev.processes import Process
+from dev.processes import Process, ProcessError
 from tests.integration.application import toml
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +43,11 @@ QUICK: Mapping[str, Any] = {
 def quick_settings(dsn: str, convex: LocalConvex | None, **given: Any) -> Settings:
     where = {} if convex is None else {"CONVEX_URL": convex.url, "convex_deploy_key": convex.admin_key}
     return load_settings(Settings, **{"database_url": dsn, **where, **QUICK, **given})
+
+
+def pause(waited: float) -> float:
+    """Seconds until the next look at what others still compute: looks cost them time."""
+    return min(max(waited / 10, 0.01), 0.05)
 
 
 class Log:
@@ -133,10 +142,64 @@ async def worker_at_work(settings: Settings, mirrors: Sequence[Mirror]) -> Async
         structlog.reset_defaults()
 
 
-class Child:
-    """`python -m cdc_worker` in a process of its own."""
+class Forked:
+    """`cdc-worker` in a process of its own that has its modules from a fork, in place of a `Process`.
 
-    def __init__(self, process: Process) -> None:
+    Nine tenths of a short life are imports, which only tests of the program as such are about (test_worker_process.py,
+    test_procfile.py).
+    """
+
+    def __init__(self, stdout: Path, stderr: Path, env: Mapping[str, str], words: Sequence[str]) -> None:
+        self.stdout, self.stderr = stdout, stderr
+        for path in (stdout, stderr):
+            path.write_bytes(b"")
+        self._fork = Fork(_as_program, words, dict(env), stdout, stderr)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._fork.exit_code
+
+    def signal(self, number: signal.Signals) -> None:
+        self._fork.signal(number)
+
+    def wait(self, timeout: float) -> int:
+        if (code := self._fork.wait(timeout)) is None:
+            raise ProcessError(f"it still runs after {timeout:g} s\n{self.tail()}")
+        return code
+
+    def kill(self) -> None:
+        self._fork.kill()
+
+    def tail(self) -> str:
+        return self.stderr.read_text()[-3_000:]
+
+
+def _as_program(pipe: Connection, words: Sequence[str], env: Mapping[str, str], stdout: Path, stderr: Path) -> None:
+    """In the child."""
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.argv = ["cdc-worker", *words]
+    threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
+    # Here, not above: most tests of a worker have no need of its commands.
+    from cdc_worker.__main__ import main  # noqa: PLC0415
+
+    main()
+
+
+def _end_with_parent(pipe: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        pipe.recv()
+    os._exit(1)
+
+
+class Child:
+    """A worker in a process of its own."""
+
+    def __init__(self, process: Process | Forked) -> None:
         self.process = process
 
     @property
@@ -146,15 +209,16 @@ class Child:
         return [json.loads(line) for line in whole.splitlines()]
 
     def said(self, event: str, *, times: int = 1, seconds: float = SECONDS) -> dict[str, Any]:
-        deadline = time.monotonic() + seconds
+        started = time.monotonic()
         while True:
+            waited = time.monotonic() - started
             ended = self.process.returncode is not None
             found = [line for line in self.lines if line["event"] == event]
             if len(found) >= times:
                 return found[times - 1]
             assert not ended, f"it ended with {self.process.returncode}, and never said {event}:\n{self.process.tail()}"
-            assert time.monotonic() < deadline, f"it never said {event}:\n{self.process.tail()}"
-            time.sleep(0.01)
+            assert waited < seconds, f"it never said {event}:\n{self.process.tail()}"
+            time.sleep(pause(waited))
 
     def term(self) -> None:
         self.process.signal(signal.SIGTERM)
@@ -183,3 +247,23 @@ def child(
     stdout, stderr = (folder / f"{name}.{stream}" for stream in ("out", "err"))
     with Process(argv, stdout=stdout, stderr=stderr, env=env, cwd=ROOT, ladder=((signal.SIGTERM, 5.0),)) as process:
         yield Child(process)
+
+
+@contextmanager
+def forked_child(folder: Path, env: Mapping[str, str], *, name: str) -> Iterator[Child]:
+    """A worker, forked. Killed on leaving, if it still runs."""
+    process = Forked(folder / f"{name}.out", folder / f"{name}.err", env, ["run"])
+    try:
+        yield Child(process)
+    finally:
+        process.kill()
+
+
+def run_command(folder: Path, env: Mapping[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    """A command to its end, forked."""
+    process = Forked(folder / "command.out", folder / "command.err", env, words)
+    try:
+        code = process.wait(30)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(words, code, process.stdout.read_text(), process.stderr.read_text())

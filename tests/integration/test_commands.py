@@ -3,9 +3,9 @@
 import contextlib
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -15,7 +15,7 @@ from dev import postgres
 from dev.local_convex import LocalConvex
 from tests.integration.application import CHECK_INS, MIRRORS, TABLES, Database, toml
 from tests.integration.mirrored import Mirrored, eventually
-from tests.integration.running import ROOT, environment, quick_settings, worker_at_work
+from tests.integration.running import environment, quick_settings, run_command, worker_at_work
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -31,18 +31,7 @@ def command(db: Database, tmp_path: Path) -> Command:
     config = tmp_path / "cdc_worker.toml"
     config.write_text(toml(MIRRORS))
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "cdc_worker", *words],
-            env=environment(db.dsn, None, config),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-
-    return run
+    return partial(run_command, tmp_path, environment(db.dsn, None, config))
 
 
 def line(done: subprocess.CompletedProcess[str], event: str) -> list[dict[str, object]]:
@@ -251,16 +240,7 @@ def test_a_command_says_what_keeps_it_from_postgres(
     config.write_text(toml(MIRRORS))
 
     def refusal(dsn: str) -> str:
-        env = environment(dsn, None, config)
-        done = subprocess.run(
-            [sys.executable, "-m", "cdc_worker", *words],
-            env=env,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
+        done = run_command(tmp_path, environment(dsn, None, config), *words)
         assert (done.returncode, done.stdout) == (1, "")
         (line,) = done.stderr.splitlines()
         return line

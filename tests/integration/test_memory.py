@@ -104,9 +104,9 @@ TOO_LARGE = """insert into "CheckIn" values ('1', 'u', repeat('x', 50000000), nu
 
 
 def test_rows_that_are_far_too_large_are_parked_unread(
-    database: str, fresh_convex: convex.LocalConvex, mirror: Mirror, tmp_path: Path
+    database: str, local_convex: convex.LocalConvex, mirror: Mirror, tmp_path: Path
 ) -> None:
-    env = environment(database, fresh_convex, tmp_path / "cdc_worker.toml", CDC_STATEMENT_SECONDS=30)
+    env = environment(database, local_convex, tmp_path / "cdc_worker.toml", CDC_STATEMENT_SECONDS=30)
     with Database(database, TABLES, [mirror]) as db, child(tmp_path, env, mirrors=[mirror]) as worker:
         worker.said("backfill.done")
         idle = peak_megabytes(worker)
@@ -129,9 +129,9 @@ TOO_MANY_VALUES = {
 
 @pytest.mark.parametrize("what", TOO_MANY_VALUES)
 def test_rows_that_are_too_large_are_looked_through_within_the_bound(
-    database: str, fresh_convex: convex.LocalConvex, mirror: Mirror, tmp_path: Path, what: str
+    database: str, local_convex: convex.LocalConvex, mirror: Mirror, tmp_path: Path, what: str
 ) -> None:
-    env = environment(database, fresh_convex, tmp_path / "cdc_worker.toml", CDC_STATEMENT_SECONDS=30)
+    env = environment(database, local_convex, tmp_path / "cdc_worker.toml", CDC_STATEMENT_SECONDS=30)
     insert = f"""
         with made (items) as materialized ({TOO_MANY_VALUES[what]})
         insert into "CheckIn" select row, 'u', 'x', items, now() from made, generate_series(1, 2) as row

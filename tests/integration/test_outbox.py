@@ -1,12 +1,14 @@
 """The log, page by page: rows of one key and of many, of transactions that end in any order."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from cdc_worker.database import Database as Pool
 from cdc_worker.outbox import Page, Position, Shard, backlog, mark, read_page
 from cdc_worker.parking import Parking, mark_parked
+from dev import postgres
 from tests.integration.application import Database
 
 # What a transaction wrote: its id, the row's id, and the keys; in the order in which it is to be read.
@@ -22,9 +24,9 @@ LOG = (
 NOW = "2000:2000:"
 
 
-@pytest.fixture
-def db(database: str) -> Iterator[Database]:
-    with Database(database, "", []) as made:
+@contextmanager
+def written(dsn: str) -> Iterator[Database]:
+    with Database(dsn, "", []) as made:
         made.execute("insert into cdc.mirror (name, definition) values ('rows', '')")
         for xid, row, keys in LOG:
             column, value = ("key", keys[0]) if len(keys) == 1 else ("keys", keys)
@@ -35,21 +37,41 @@ def db(database: str) -> Iterator[Database]:
         yield made
 
 
+@pytest.fixture
+def db(database: str) -> Iterator[Database]:
+    """The log, for a test that changes it."""
+    with written(database) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def log(postgres_server: postgres.Server) -> Iterator[Database]:
+    """The log, which nobody changes."""
+    with postgres.database(postgres_server) as dsn, written(dsn) as made:
+        made.execute("set default_transaction_read_only = on")
+        yield made
+
+
+@pytest.fixture
+async def pool(log: Database) -> AsyncIterator[Pool]:
+    async with Pool(log.dsn, statement_seconds=5) as opened:
+        yield opened
+
+
 WHOLE = Shard(0, 1)
 
 
-async def pages(dsn: str, position: Position, limit: int, *, most: int = 100, shard: Shard = WHOLE) -> list[Page]:
+async def pages(pool: Pool, position: Position, limit: int, *, most: int = 100, shard: Shard = WHOLE) -> list[Page]:
     found: list[Page] = []
-    async with Pool(dsn, statement_seconds=5) as pool:
-        while len(found) < most:
-            async with pool.transaction("isolation level repeatable read read only") as connection:
-                page = await read_page(connection, shard, NOW, position, limit)
-            if not page.rows:
-                break
-            found.append(page)
-            position = page.end
-            if position.window_end is None:
-                break
+    while len(found) < most:
+        async with pool.transaction("isolation level repeatable read read only") as connection:
+            page = await read_page(connection, shard, NOW, position, limit)
+        if not page.rows:
+            break
+        found.append(page)
+        position = page.end
+        if position.window_end is None:
+            break
     return found
 
 
@@ -64,8 +86,8 @@ ALL = [key for _, _, each in LOG for key in each]
 @pytest.mark.parametrize(
     "start", ["50:50:", "50:2000:" + ",".join(str(xid) for xid in (50, 99, 100, 1000, 1001)), "50:1000:60,99,100"]
 )
-async def test_every_key_is_read_once_and_in_order(db: Database, start: str, limit: int) -> None:
-    found = await pages(db.dsn, Position(start), limit)
+async def test_every_key_is_read_once_and_in_order(pool: Pool, start: str, limit: int) -> None:
+    found = await pages(pool, Position(start), limit)
     assert keys(found) == ALL
     assert max(len(page.rows) for page in found) <= limit
     places = [(row.xid, row.id) for page in found for row in page.rows]
@@ -75,9 +97,9 @@ async def test_every_key_is_read_once_and_in_order(db: Database, start: str, lim
 @pytest.mark.parametrize("limit", [1, 2, 3, 100])
 @pytest.mark.parametrize("shards", [2, 3, 7])
 @pytest.mark.parametrize("start", ["50:50:", "50:2000:50,99,100,1000,1001"])
-async def test_every_key_is_of_one_shard(db: Database, start: str, shards: int, limit: int) -> None:
+async def test_every_key_is_of_one_shard(pool: Pool, start: str, shards: int, limit: int) -> None:
     """A page may end within a row whose other keys are of other shards."""
-    parts = [keys(await pages(db.dsn, Position(start), limit, shard=Shard(n, shards))) for n in range(shards)]
+    parts = [keys(await pages(pool, Position(start), limit, shard=Shard(n, shards))) for n in range(shards)]
     assert all(part == [key for key in ALL if key in part] for part in parts)
     assert sorted(str(key) for part in parts for key in part) == sorted(map(str, ALL))
 
@@ -86,36 +108,38 @@ async def test_every_key_is_of_one_shard(db: Database, start: str, shards: int, 
 async def test_of_rows_with_the_same_id_one_is_enough(db: Database, limit: int) -> None:
     """They name the same keys, and became visible together."""
     db.execute("insert into cdc.outbox select o.* from cdc.outbox o cross join generate_series(1, 4)")
-    found = keys(await pages(db.dsn, Position("50:50:"), limit))
+    async with Pool(db.dsn, statement_seconds=5) as pool:
+        found = keys(await pages(pool, Position("50:50:"), limit))
     assert list(dict.fromkeys(found)) == ALL
 
 
-async def test_what_was_visible_is_not_read_again(db: Database) -> None:
-    found = await pages(db.dsn, Position("50:1001:99,1000"), 2)
+async def test_what_was_visible_is_not_read_again(pool: Pool) -> None:
+    found = await pages(pool, Position("50:1001:99,1000"), 2)
     assert keys(found) == ["a", "b", "c", "d", "e", None, "i", "j", "k", "l", "m", "n"]
 
 
-async def test_a_page_may_be_cut_within_a_row(db: Database) -> None:
-    (whole,) = await pages(db.dsn, Position("50:50:"), 100)
+async def test_a_page_may_be_cut_within_a_row(pool: Pool) -> None:
+    (whole,) = await pages(pool, Position("50:50:"), 100)
     for count in range(1, len(ALL)):
         cut = whole.cut(count)
         assert [row.key for row in cut.rows] == ALL[:count]
-        assert keys(await pages(db.dsn, cut.end, 100)) == ALL[count:]
+        assert keys(await pages(pool, cut.end, 100)) == ALL[count:]
 
 
-async def test_a_worker_before_this_format_reads_a_row_that_was_read_in_part_as_a_whole(db: Database) -> None:
+async def test_a_worker_before_this_format_reads_a_row_that_was_read_in_part_as_a_whole(
+    log: Database, pool: Pool
+) -> None:
     # Its condition is `(xid, id) > (after_xid, after_id)` of rows; what it does not know is a rescan to it.
-    (page,) = await pages(db.dsn, Position("50:50:"), 3, most=1)
+    (page,) = await pages(pool, Position("50:50:"), 3, most=1)
     assert keys([page]) == ["a", "b", "c"]
     left = "select id from cdc.outbox where (xid, id) > (%s::text::xid8, %s) order by xid, id limit 1"
-    assert db.one(left, str(page.end.after_xid), page.end.after_id) == 64
+    assert log.one(left, str(page.end.after_xid), page.end.after_id) == 64
 
 
-async def test_the_backlog_is_counted_in_keys(db: Database) -> None:
-    async with Pool(db.dsn, statement_seconds=5) as pool:
-        assert await backlog(pool, WHOLE, Position("50:50:"), 100) == len(ALL)
-        assert await backlog(pool, WHOLE, Position("50:50:"), 4) == 4
-        assert await backlog(pool, WHOLE, Position("50:50:", NOW, 100, 9), 100) == 9
+async def test_the_backlog_is_counted_in_keys(pool: Pool) -> None:
+    assert await backlog(pool, WHOLE, Position("50:50:"), 100) == len(ALL)
+    assert await backlog(pool, WHOLE, Position("50:50:"), 4) == 4
+    assert await backlog(pool, WHOLE, Position("50:50:", NOW, 100, 9), 100) == 9
 
 
 async def test_what_is_marked_is_rows_of_many_keys(db: Database) -> None:

@@ -16,7 +16,7 @@ from dev import local_convex as convex
 from dev.processes import Process
 from tests.integration.application import MIRRORS, TABLES, Database, toml
 from tests.integration.mirrored import Mirrored, eventually
-from tests.integration.running import ROOT, Child, child, environment
+from tests.integration.running import ROOT, Child, environment, forked_child
 
 pytestmark = pytest.mark.one_postgres
 
@@ -89,7 +89,7 @@ class Workers:
 
     def start(self, **given: Any) -> Child:
         env = {**self._env, **{name: str(value) for name, value in given.items()}}
-        worker = self._stack.enter_context(child(self._folder, env, name=f"worker-{len(self.all)}"))
+        worker = self._stack.enter_context(forked_child(self._folder, env, name=f"worker-{len(self.all)}"))
         self.all.append(worker)
         return worker
 

@@ -1,5 +1,7 @@
 """What is installed on a dyno: the migrations travel with the package, and nothing of dev/ or tests/ does."""
 
+import subprocess
+import sys
 import tomllib
 import zipfile
 from pathlib import Path
@@ -38,3 +40,9 @@ def test_no_pin_names_a_place_to_download_from() -> None:
         assert "--index-url" not in text
         assert "--find-links" not in text
         assert '"resolved"' not in text
+
+
+def test_commands_start_without_what_only_the_worker_needs() -> None:
+    loaded = "import sys, cdc_worker.__main__; print('aiohttp' in sys.modules, 'psycopg' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
