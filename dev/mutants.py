@@ -90,6 +90,7 @@ MUTANTS: Final = (
                 "where false",
             ),
             Change("migrations/0002_cheaper_capture.sql", "increment 64 cache 32", "increment 64"),
+            Change("migrations/0011_no_sequence.sql", "set default (", "set default nextval('cdc.outbox_id'); -- "),
         ),
     ),
     Mutant(

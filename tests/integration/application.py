@@ -164,8 +164,8 @@ class Database:
     def captured(self) -> list[str | None]:
         """The keys that were captured since the last call, in order; None asks for a rescan."""
         taken = self.execute(
-            "with taken as (delete from cdc.outbox returning id, coalesce(keys, array[key]) as keys)"
-            " select k.key from taken, unnest(keys) with ordinality as k (key, place) order by id, place"
+            "with taken as (delete from cdc.outbox returning tableoid, ctid as tid, coalesce(keys, array[key]) as keys)"
+            " select k.key from taken, unnest(keys) with ordinality as k (key, place) order by tableoid, tid, place"
         )
         return [key for (key,) in taken]
 
