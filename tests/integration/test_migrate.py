@@ -865,6 +865,26 @@ def test_a_reader_that_keeps_a_trigger_is_named(db: Database, monkeypatch: pytes
             db.migrate([])
 
 
+def test_a_prepared_transaction_that_keeps_a_table_is_named(
+    postgres_flavour: postgres.Flavour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It has no process. Nobody may come any more to commit it.
+    monkeypatch.setattr(migrating, "_TABLE_SECONDS", 0)
+    with (
+        postgres.start(postgres_flavour, settings={"max_prepared_transactions": "2"}) as server,
+        postgres.database(server) as dsn,
+        Database(dsn, T) as db,
+    ):
+        for statement in ("begin", "insert into t values ('a')", "prepare transaction 'of the shop'"):
+            db.execute(statement)
+        held = r"prepared transaction 'of the shop' \(role application\) holds RowExclusiveLock on t"
+        try:
+            with pytest.raises(SchemaError, match=held):
+                db.migrate([rows_of("t")])
+        finally:
+            db.execute("rollback prepared 'of the shop'")
+
+
 @pytest.mark.one_postgres
 def test_a_locked_table_is_waited_for_before_anything_is_changed(db: Database) -> None:
     db.execute(T)
