@@ -82,7 +82,11 @@ _APPLIED = "select number, checksum from cdc.migration order by number"
 # Each holds the schema cdc, too.
 _PUBLICATIONS = "select pubname from pg_publication where puballtables order by pubname"
 _NOTE = "insert into cdc.migration (number, name, checksum) values ($1, $2, $3)"
-_REGISTER = "insert into cdc.mirror (name, definition) values ($1, '') on conflict (name) do nothing"
+# Not by the column's own sequence: a row that is there already would use up a number of it.
+_REGISTER = """
+insert into cdc.mirror (id, name, definition) overriding system value
+select coalesce(max(id), 0) + 1, $1, '' from cdc.mirror having count(*) filter (where name = $1) = 0
+"""
 _REGISTERED = "select id, name, definition from cdc.mirror"
 _CONFIGURE = "update cdc.mirror set definition = $2, target = $3, configured = true where id = $1"
 # Also of a schema cdc from before there was such a column, and of one that is not the worker's.

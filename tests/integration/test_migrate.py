@@ -71,6 +71,15 @@ def test_a_second_time_changes_nothing(db: Database) -> None:
     assert everything(db) == first
 
 
+def test_a_mirror_s_number_is_used_up_by_a_new_mirror_only(db: Database) -> None:
+    # There are 32,767, and each deploy runs `migrate`.
+    db.execute(T)
+    for _ in range(3):
+        db.migrate([rows_of("t")])
+    db.migrate([rows_of("t"), rows_of("t", name="another")])
+    assert db.execute("select id, name from cdc.mirror order by id") == [(1, "rows"), (2, "another")]
+
+
 def test_several_at_the_same_time(db: Database) -> None:
     db.execute(TABLES)
 
