@@ -272,7 +272,10 @@ def _all(feeds: Sequence[Feed]) -> sql.Composed:
 
 
 def _keys(feeds: Sequence[Feed], table: str) -> sql.Composed:
-    return _each(feeds, _KEYS, "\n            union all ", rows=_rows(feeds, table))
+    # Each feed with rows of its own: in rows with the columns of all, the planner's work would grow with their square.
+    return sql.SQL("\n            union all ").join(
+        _each((feed,), _KEYS, "", rows=_rows((feed,), table)) for feed in feeds
+    )
 
 
 def _one_pair(feeds: Sequence[Feed]) -> sql.Composed:

@@ -65,6 +65,12 @@ where c.relkind in ('r', 'p') and not pg_has_role(c.relowner, 'usage') and 4 > (
 )
 order by oid <> $1, 1
 """
+# What a query reads is what it has locked, through views as well.
+_READ = """
+select format('%I.%I', n.nspname, c.relname)
+from pg_locks l join pg_class c on c.oid = l.relation join pg_namespace n on n.oid = c.relnamespace
+where l.pid = pg_backend_pid() and c.relkind in ('r', 'p') and n.nspname not in ('pg_catalog', 'information_schema')
+"""
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index"}
 
 
@@ -74,6 +80,7 @@ async def check(connection: Connection, mirror: Mirror) -> Plan:
     Raises ConfigError naming the mirror, what is wrong and what to do; and LOCKED, which says nothing of the mirror.
     """
     types = await _describe(connection, mirror)
+    tables = tuple(name for (name,) in await fetch(connection, _READ))
     missing = [name for name in (*mirror.key, *REQUIRED[mirror.target]) if name not in types]
     if missing:
         raise _wrong(mirror, f"its query has no column {', '.join(dict.fromkeys(missing))} (it has {', '.join(types)})")
@@ -95,7 +102,7 @@ async def check(connection: Connection, mirror: Mirror) -> Plan:
     key_types = tuple(_KEY_TYPES[types[name]] for name in mirror.key)
     for source in mirror.sources:
         await _check_source(connection, mirror, source, key_types)
-    plan = make_plan(mirror, key_types, frozenset(types))
+    plan = make_plan(mirror, key_types, frozenset(types), tables)
     await _try_order(connection, plan)
     return plan
 

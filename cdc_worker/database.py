@@ -38,8 +38,9 @@ _DEFAULTS = {
     "keepalives_count": "3",
     "tcp_user_timeout": "30000",
 }
-# Longer than any lock that the worker waits for in front of others.
-_LOCK_TIMEOUT = "1s"
+# Longer than any lock that the worker waits for in front of others; shorter than Postgres' `deadlock_timeout` (1 s): an
+# application's migration that takes the tables of a page the other way round is not what Postgres ends.
+_LOCK_TIMEOUT = "500ms"
 # Of the role or the database, since this version: it would end whole pages, again and again.
 _TRANSACTION_TIMEOUT_SINCE = 170000
 # On top of the server's own statement timeout: only a dead link lets this one strike.

@@ -26,12 +26,12 @@ _NO_LIMIT = 2_147_483_647
 # A page whose query passed the time limit is read again with its rows divided by this.
 _SLOW_SHARE = 8
 
-# Whether a table behind the sources ($1) has another file than in this snapshot, to which it is empty now; or whether
-# another one stands in its place, which may have been filled in the same transaction. What functions say is of now; a
-# partition that has left has no root.
+# Whether one of these tables ($1), or of what is behind them, has another file than in this snapshot, to which it is
+# empty now; or whether another one stands in its place, which may have been filled in the same transaction. What
+# functions say is of now; a partition that has left has no root.
 _REWRITTEN = """
 with recursive family (oid) as (
-    select to_regclass(name)::oid from unnest($1::text[]) as source (name) where to_regclass(name) is not null
+    select to_regclass(name)::oid from unnest($1::text[]) as given (name) where to_regclass(name) is not null
     union select i.inhrelid from pg_inherits i join family on i.inhparent = family.oid
 )
 select exists (
@@ -221,7 +221,8 @@ async def _query(connection: Connection, plan: Plan, maker: EventMaker, keys: Se
 
 
 async def _is_rewritten(connection: Connection, plan: Plan) -> bool:
-    ((rewritten,),) = await fetch(connection, _REWRITTEN, [source.table for source in plan.mirror.sources])
+    tables = [*plan.tables, *(source.table for source in plan.mirror.sources)]
+    ((rewritten,),) = await fetch(connection, _REWRITTEN, tables)
     return bool(rewritten)
 
 

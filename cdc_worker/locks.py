@@ -34,16 +34,23 @@ _STATEMENT_SECONDS = 60.0
 
 # Those in front of whom all others wait come first. What they are at is not asked for: it can quote rows.
 _HOLDERS = """
-select format('process %s (%s) holds %s on %s', a.pid,
-              case when a.usesysid is null then 'autovacuum'
-                   else format('%s, role %s', coalesce(nullif(a.application_name, ''), 'no name'), a.usename) end,
+select format('%s holds %s on %s', case
+                  when p.gid is not null then format('prepared transaction %L (role %s)', p.gid, p.owner)
+                  when a.usesysid is null then format('process %s (autovacuum)', a.pid)
+                  else format('process %s (%s, role %s)', a.pid, coalesce(nullif(a.application_name, ''), 'no name'),
+                              a.usename) end,
               l.mode, l.relation::regclass)
-from pg_locks l join pg_stat_activity a on a.pid = l.pid join pg_class c on c.oid = l.relation
+from pg_locks l join pg_class c on c.oid = l.relation left join pg_stat_activity a on a.pid = l.pid
+-- A prepared transaction has no process; it locks its own number.
+left join (pg_prepared_xacts p join pg_locks own on own.transactionid = p.transaction and own.pid is null)
+    on l.pid is null and l.virtualtransaction = own.virtualtransaction
 where l.locktype = 'relation' and l.granted
   -- Readers hinder a `drop trigger` only, and those that soon end are not worth a word.
   and (l.mode not in ('AccessShareLock', 'RowShareLock') or (a.xact_start < now() - interval '2 seconds') is not false)
+  and coalesce(a.pid::text, p.gid) is not null
   and l.database = (select oid from pg_database where datname = current_database())
-  and a.pid <> pg_backend_pid() and c.relkind in ('r', 'p', 'm') and c.relnamespace <> 'pg_catalog'::regnamespace
+  and l.pid is distinct from pg_backend_pid() and c.relkind in ('r', 'p', 'm')
+  and c.relnamespace <> 'pg_catalog'::regnamespace
 order by l.mode = 'AccessExclusiveLock' desc, l.mode in ('AccessShareLock', 'RowShareLock'), a.xact_start, a.pid limit 3
 """
 

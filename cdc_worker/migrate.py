@@ -33,7 +33,11 @@ select string_agg(name, ', ')
 from unnest(array['pg_notify(text, text)', 'pg_try_advisory_xact_lock_shared(integer, integer)']) as called (name)
 where not has_function_privilege(name, 'execute')
 """
-_REGISTER = "insert into cdc.mirror (name, definition) values ($1, '') on conflict (name) do nothing"
+# Not by the column's own sequence: a row that is there already would use up a number of it.
+_REGISTER = """
+insert into cdc.mirror (id, name, definition) overriding system value
+select coalesce(max(id), 0) + 1, $1, '' from cdc.mirror having count(*) filter (where name = $1) = 0
+"""
 _REGISTERED = "select id, name, definition from cdc.mirror"
 _CONFIGURE = "update cdc.mirror set definition = $2, target = $3, configured = true where id = $1"
 _HAS_MIRRORS = "select to_regclass('cdc.mirror') is not null"

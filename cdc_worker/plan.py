@@ -78,6 +78,8 @@ class Plan:
     mirror: Mirror
     # Of the key's columns: text, uuid or bigint.
     key_types: tuple[str, ...]
+    # All that the query reads, sources or not, but what only a function sees.
+    tables: tuple[str, ...]
     # $1..$n: the key's parts, one array literal for each key column; then a number of bytes: of a larger row only the
     # size comes. A row is documents.Row, in binary.
     documents: LiteralString
@@ -88,8 +90,10 @@ class Plan:
     no_keys: LiteralString
 
 
-def make_plan(mirror: Mirror, key_types: tuple[LiteralString, ...], columns: frozenset[str]) -> Plan:
-    """The plan of a mirror whose query has been checked; `columns` are those that it yields."""
+def make_plan(
+    mirror: Mirror, key_types: tuple[LiteralString, ...], columns: frozenset[str], tables: tuple[str, ...] = ()
+) -> Plan:
+    """The plan of a mirror whose query has been checked; `columns` are those that it yields, of these `tables`."""
     keys = [sql.SQL("q.{}").format(sql.Identifier(name)) for name in mirror.key]
     query = sql.SQL(mirror.query)
     in_order = {
@@ -103,6 +107,7 @@ def make_plan(mirror: Mirror, key_types: tuple[LiteralString, ...], columns: fro
     return Plan(
         mirror=mirror,
         key_types=key_types,
+        tables=tables,
         documents=sql.SQL(_DOCUMENTS)
         .format(
             limit=_parameter(len(keys) + 1),

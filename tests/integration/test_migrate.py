@@ -72,6 +72,15 @@ def test_a_second_time_changes_nothing(db: Database) -> None:
     assert everything(db) == first
 
 
+def test_a_mirror_s_number_is_used_up_by_a_new_mirror_only(db: Database) -> None:
+    # There are 32,767, and each deploy runs `migrate`.
+    db.execute(T)
+    for _ in range(3):
+        db.migrate([rows_of("t")])
+    db.migrate([rows_of("t"), rows_of("t", name="another")])
+    assert db.execute("select id, name from cdc.mirror order by id") == [(1, "rows"), (2, "another")]
+
+
 def test_several_at_the_same_time(db: Database) -> None:
     db.execute(TABLES)
 
@@ -864,6 +873,26 @@ def test_a_reader_that_keeps_a_trigger_is_named(db: Database, monkeypatch: pytes
         held = rf"process {reader.info.backend_pid} \(a dump, role application\) holds AccessShareLock on t"
         with pytest.raises(SchemaError, match=held):
             db.migrate([])
+
+
+def test_a_prepared_transaction_that_keeps_a_table_is_named(
+    postgres_flavour: postgres.Flavour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It has no process. Nobody may come any more to commit it.
+    monkeypatch.setattr(locks, "_TABLE_SECONDS", 0)
+    with (
+        postgres.start(postgres_flavour, settings={"max_prepared_transactions": "2"}) as server,
+        postgres.database(server) as dsn,
+        Database(dsn, T) as db,
+    ):
+        for statement in ("begin", "insert into t values ('a')", "prepare transaction 'of the shop'"):
+            db.execute(statement)
+        held = r"prepared transaction 'of the shop' \(role application\) holds RowExclusiveLock on t"
+        try:
+            with pytest.raises(SchemaError, match=held):
+                db.migrate([rows_of("t")])
+        finally:
+            db.execute("rollback prepared 'of the shop'")
 
 
 @pytest.mark.one_postgres

@@ -1,5 +1,6 @@
 """Queries that are slow, each within its time limit: however many of them one page has, it is read to its end."""
 
+import asyncio
 import uuid
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from cdc_worker.liveness import Liveness
 from cdc_worker.mirrors import Mirror, Source
 from dev import local_convex as convex
 from dev import postgres
-from tests.integration.application import Database
+from tests.integration.application import Database, rows_of
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import quick_settings, worker_at_work
 
@@ -69,6 +70,29 @@ async def test_a_page_of_many_slow_mirrors_is_read_to_its_end(
             assert running.log.events.count("session.open") == 1
             assert "key.parked" not in running.log.events
     assert not stalls
+
+
+async def test_a_migration_that_takes_a_page_s_tables_the_other_way_round_is_not_ended(
+    database: str, local_convex: convex.LocalConvex
+) -> None:
+    # It has the second table and waits for the first; the reader has the first, and comes to wait for the second.
+    # Postgres ends who has waited for a second: the reader must have given way before.
+    run = uuid.uuid4().hex[:8]
+    first, second = rows_of("one", name=f"one-{run}"), rows_of("two", name=f"two-{run}")
+    pause = "with pause as materialized (select pg_sleep(0.3))"
+    slow = first.model_copy(update={"query": f"{pause} {first.query}, pause"})
+    mirrored = Mirrored(local_convex.url, local_convex.admin_key)
+    with Database(database, "create table one (id int); create table two (id int)", [slow, second]) as db:
+        db.execute("update cdc.backfill set phase = 'done'")
+        reads = "select exists (select from pg_stat_activity where wait_event = 'PgSleep' and datname = %s)"
+        async with worker_at_work(quick_settings(database, local_convex), [slow, second]) as running:
+            await running.said("session.open")
+            db.execute("begin; insert into one values (1); insert into two values (1); commit")
+            await eventually(lambda: db.one(reads, db.one("select current_database()")), True)
+            migration = "begin; alter table two add note text; alter table one add note text; commit"
+            await asyncio.to_thread(db.execute, migration)
+            await eventually(lambda: (mirrored.keys(slow.name), mirrored.keys(second.name)), (["1"], ["1"]))
+        assert not {"mirror.broken", "key.parked", "database.refuses"} & set(running.log.events)
 
 
 async def test_each_statement_of_a_transaction_has_the_limit_to_itself(database: str) -> None:

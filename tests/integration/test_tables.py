@@ -196,6 +196,28 @@ async def test_rows_that_are_read_while_their_table_is_rewritten(
         assert [line for line in running.log.of("batch.applied") if "deleted" in line] == []
 
 
+async def test_rows_that_are_read_while_a_table_that_is_no_source_is_filled_anew(
+    db: Database, work: Work, mirrored: Mirrored, mirror: Mirror
+) -> None:
+    """A table of names has no key of the mirror's, and so cannot be one. To a snapshot from before, it is empty."""
+    db.execute("create table kind (part int primary key, name text); insert into kind values (1, 'a'), (2, 'b')")
+    db.execute("create view named as select visit.*, name from visit join kind using (part)")
+    joined = mirror.model_copy(update={"query": mirror.query.replace("from visit", "from named")})
+    db.migrate([joined])
+    async with work(joined) as running:
+        await running.said("backfill.done")
+        await running.at_rest()
+        with psycopg.connect(db.dsn) as altering:
+            altering.execute("truncate kind; insert into kind values (1, 'c'), (2, 'd')")
+            mark_anew(db)
+            waits = "select count(*) > 0 from pg_locks where not granted and relation = 'kind'::regclass"
+            await eventually(lambda: db.one(waits), expected=True)
+            altering.commit()
+        await running.at_rest()
+        await equal(mirrored, mirror, db)
+        assert [line for line in running.log.of("batch.applied") if "deleted" in line] == []
+
+
 SWAPPED = {
     "under its name": "create table copy as table visit; drop table visit; alter table copy rename to visit",
     "that was there before": "insert into spare table visit; drop table visit; alter table spare rename to visit",
