@@ -33,10 +33,9 @@ select string_agg(name, ', ')
 from unnest(array['pg_notify(text, text)', 'pg_try_advisory_xact_lock_shared(integer, integer)']) as called (name)
 where not has_function_privilege(name, 'execute')
 """
-# Not by the column's own sequence: a row that is there already would use up a number of it.
+# Not `on conflict`, which uses up a number for a row that is there already: they are smallints.
 _REGISTER = """
-insert into cdc.mirror (id, name, definition) overriding system value
-select coalesce(max(id), 0) + 1, $1, '' from cdc.mirror having count(*) filter (where name = $1) = 0
+insert into cdc.mirror (name, definition) select $1, '' where not exists (select from cdc.mirror where name = $1)
 """
 _REGISTERED = "select id, name, definition from cdc.mirror"
 _CONFIGURE = "update cdc.mirror set definition = $2, target = $3, configured = true where id = $1"
