@@ -169,7 +169,11 @@ MUTANTS: Final = (
         "new_number_on_unknown",
         "a request whose outcome is unknown is given up, and its keys are read anew",
         (
-            Change("cdc_worker/sender.py", "await self._outage.insist(", "await self._once(events, "),
+            Change(
+                "cdc_worker/sender.py",
+                "await self._outage.insist(attempt, repeating=self._repeating)",
+                "await self._once(events, attempt)",
+            ),
             Change("cdc_worker/sender.py", "    async def _deliver_whole(", f"{_ONCE}    async def _deliver_whole("),
         ),
     ),
