@@ -63,7 +63,6 @@ class Care:
         self._shard = shard
         self._epoch = epoch
         # As Convex was told last: when the shard was opened.
-        self._noted_saves = checkpoint.saves
         self._config = config
         self._soon = asyncio.Event()
         # What failed, so that each is said once.
@@ -175,38 +174,38 @@ class Care:
     async def _note_saves(self) -> None:
         """Tells each side now and then how far the other was: so a side that is set back later is found out."""
         saves = self._checkpoint.saves
-        if saves == self._noted_saves:
+        told = self._checkpoint.told_saves
+        if saves == told:
             return
         before = await self._outage.insist(lambda: self._functions.note_saves(self._epoch, saves))
         if before is None:
             return  # another epoch: the next batch is told, too
         # A call that was repeated finds its own note.
-        if before not in {saves, self._noted_saves}:
+        if before not in {saves, told}:
             reason = "the deployment was set back to an older state"
             log.warning("session.rescan", cause=reason, cure="none needed: every row and document is looked at again")
             await backfill.request_all(self._database, reason)
         await self._checkpoint.note_told(saves)
-        self._noted_saves = saves
 
     async def _rescan(self, reader: Reader) -> None:
         plans = self._registry.plans
+        until = time.monotonic() + _SELDOM_SECONDS
         try:
-            await self._rescan_pages(reader, plans)
+            await self._rescan_pages(reader, plans, until)
         except psycopg.Error as error:
             if is_surely_gone(error):
                 raise
             # The oldest request comes first, and one whose query fails must not hold up the others: each by itself.
             for mirror_id, plan in plans.items():
                 try:
-                    await self._rescan_pages(reader, {mirror_id: plan})
+                    await self._rescan_pages(reader, {mirror_id: plan}, until)
                 except psycopg.Error as own:
                     self._note_failure(own, f'rescan of mirror "{plan.mirror.name}": ')
 
-    async def _rescan_pages(self, reader: Reader, plans: dict[int, Plan]) -> None:
+    async def _rescan_pages(self, reader: Reader, plans: dict[int, Plan], until: float) -> None:
         """Page by page, each when all before is read: live changes do not queue behind a million old rows. Nor does
-        other care: after a while it comes first, and then this goes on.
+        other care: from `until` on it comes first, and then this goes on.
         """
-        until = time.monotonic() + _SELDOM_SECONDS
         while (step := await backfill.step(self._database, plans, self._list_documents)) is not None:
             reader.caught_up.clear()
             reader.wake()

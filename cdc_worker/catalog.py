@@ -65,11 +65,12 @@ where c.relkind in ('r', 'p') and not pg_has_role(c.relowner, 'usage') and 4 > (
 )
 order by oid <> $1, 1
 """
-# What a query reads is what it has locked, through views as well.
+# What a query reads is what it has locked, through views as well; but not where the role may not even look by name.
 _READ = """
 select format('%I.%I', n.nspname, c.relname)
 from pg_locks l join pg_class c on c.oid = l.relation join pg_namespace n on n.oid = c.relnamespace
 where l.pid = pg_backend_pid() and c.relkind in ('r', 'p') and n.nspname not in ('pg_catalog', 'information_schema')
+  and has_schema_privilege(n.oid, 'usage')
 """
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index"}
 

@@ -64,6 +64,8 @@ class Checkpoint:
         self._lease_seconds = lease_seconds
         # How often it was saved, by whomever.
         self.saves = held.saves
+        # What Convex was told of that.
+        self.told_saves = held.told_saves
 
     async def save(self, position: Position) -> None:
         """Notes that everything up to `position` is acknowledged, and renews. Raises Fenced if the lease is lost."""
@@ -89,10 +91,12 @@ class Checkpoint:
         self._fence(
             await self._database.execute(_NOTE_EPOCH, self._shard.name, self._token, epoch, deployment, incarnation)
         )
+        self.told_saves = self.saves
 
     async def note_told(self, saves: int) -> None:
         """What `cdc:noteSaves` was told: afterwards, so that Convex has never heard less."""
         self._fence(await self._database.execute(_NOTE_TOLD, self._shard.name, self._token, saves))
+        self.told_saves = saves
 
     async def release(self) -> None:
         await self._database.execute(_RELEASE, self._shard.name, self._token)

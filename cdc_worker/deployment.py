@@ -108,7 +108,7 @@ class Deployment:
             # CONVEX_URL has been checked.
             raise Misconfigured("HTTPS_PROXY (or HTTP_PROXY) is no address: give http://host:port") from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Transient(_why(error)) from None
+            raise Transient(_why(error, self._url)) from None
         return _decode(status, text)
 
 
@@ -132,7 +132,7 @@ async def _body(response: aiohttp.ClientResponse) -> bytes:
     return bytes(body)
 
 
-def _why(error: BaseException) -> str:
+def _why(error: BaseException, url: str) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, aiohttp.ClientProxyConnectionError):
@@ -140,7 +140,10 @@ def _why(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return f"the proxy that HTTPS_PROXY names does not let us through (HTTP {error.status})"
     if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return "the host of CONVEX_URL is not found"
+        of = (
+            "CONVEX_URL" if error.host == urlsplit(url).hostname else "the proxy that HTTPS_PROXY (or HTTP_PROXY) names"
+        )
+        return f"the host of {of} is not found"
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         # OpenSSL's own words, such as "certificate has expired".
         said = getattr(error.certificate_error, "verify_message", "")

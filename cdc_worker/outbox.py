@@ -73,20 +73,20 @@ class Page:
 # Two index ranges of (xid, id): neither a long transaction nor dead rows make them pass old ground. The second is one
 # for each transaction that was open, so that a large one is paged, too. A row is also visible to the statement itself,
 # which leaves out transactions that were rolled back. Each row that is taken has a key of the shard for the page, but
-# for the one in which the page before ended; rows are put in order before they are taken apart, so that no more of
-# them are fetched than the page has room for.
+# for the one in which the page before ended: of rows with the same (xid, id), which name the same keys, one is taken.
+# Rows are put in order before they are taken apart, so that no more of them are fetched than the page has room for.
 _PAGE = """
 select mirror, k.key, xid::text, id - cardinality(keys) + k.place as key_id,
        greatest(extract(epoch from clock_timestamp() - at), 0)::float8
 from (
-    (select xid, id, at, mirror, coalesce(keys, array[key]) as keys from cdc.outbox
+    (select distinct on (xid, id) xid, id, at, mirror, coalesce(keys, array[key]) as keys from cdc.outbox
      where xid >= pg_snapshot_xmax($1::pg_snapshot) and xid < pg_snapshot_xmax($2::pg_snapshot)
        and pg_visible_in_snapshot(xid, $2::pg_snapshot) and (xid, id) > ($3::text::xid8, $4::int8)
        and ($6::int = 1 or cdc.is_of_shard(key, keys, $6, $7::int))
      order by xid, id limit $5 + 1)
     union all
     (select late.* from pg_snapshot_xip($1::pg_snapshot) as was_open cross join lateral (
-        select xid, id, at, mirror, coalesce(keys, array[key]) as keys from cdc.outbox
+        select distinct on (id) xid, id, at, mirror, coalesce(keys, array[key]) as keys from cdc.outbox
         where xid = was_open and pg_visible_in_snapshot(xid, $2::pg_snapshot) and (xid, id) > ($3::text::xid8, $4::int8)
           and ($6 = 1 or cdc.is_of_shard(key, keys, $6, $7))
         order by id limit $5 + 1) as late

@@ -69,7 +69,7 @@ def _http_url(value: str) -> str:
     host = parts.hostname
     if parts.scheme not in {"http", "https"} or not host or "@" in parts.netloc or not _may_be_looked_up(host):
         raise ValueError("must be an address like https://happy-otter-123.convex.cloud")
-    if parts.scheme == "http" and host.endswith(".convex.cloud"):
+    if parts.scheme == "http" and host.rstrip(".").endswith(".convex.cloud"):
         raise ValueError("must begin with https://: otherwise the deploy key travels in the clear")
     return value.rstrip("/")  # a trailing slash would give 404
 

@@ -1,7 +1,7 @@
 -- An application sees nextval(): lastval() in its session told of the log's sequence, a wrong number, or failed for a role
 -- without rights on it. Doctrine, PDO's lastInsertId() and EclipseLink ask for it after an insert. So what triggers write has
--- another id: a hash of what the row names, so that two rows of one transaction with the same id name the same keys. To step
--- over one of them, where a page ends between them, then loses nothing. In steps of 64, as ever.
+-- another id: a hash of what the row names, so that two rows of one transaction with the same id name the same keys, and
+-- the worker reads one of them. In steps of 64, as ever.
 -- What the worker marks by itself has the next number of the sequence, and so has what functions from before write.
 create function cdc.row_id(key text, mirror integer) returns bigint language sql immutable
 begin atomic

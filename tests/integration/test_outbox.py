@@ -104,13 +104,16 @@ async def test_every_key_is_of_one_shard(pool: Pool, start: str, shards: int, li
     assert sorted(str(key) for part in parts for key in part) == sorted(map(str, ALL))
 
 
+@pytest.mark.parametrize("start", ["50:50:", "50:2000:50,99,100,1000,1001"])
 @pytest.mark.parametrize("limit", [1, 2, 3, 100])
-async def test_of_rows_with_the_same_id_one_is_enough(db: Database, limit: int) -> None:
+async def test_of_rows_with_the_same_id_one_is_read(db: Database, limit: int, start: str) -> None:
     """They name the same keys, and became visible together."""
     db.execute("insert into cdc.outbox select o.* from cdc.outbox o cross join generate_series(1, 4)")
     async with Pool(db.dsn, statement_seconds=5) as pool:
-        found = keys(await pages(pool, Position("50:50:"), limit))
-    assert list(dict.fromkeys(found)) == ALL
+        assert keys(await pages(pool, Position(start), limit)) == ALL
+        for shards in (2, 3, 7):
+            parts = [keys(await pages(pool, Position(start), limit, shard=Shard(n, shards))) for n in range(shards)]
+            assert sorted(str(key) for part in parts for key in part) == sorted(map(str, ALL))
 
 
 async def test_what_was_visible_is_not_read_again(pool: Pool) -> None:

@@ -74,6 +74,11 @@ async def test_a_proxy_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch) ->
             await call(f"https:{SOMEWHERE}")
     with pytest.raises(Transient, match=r"^no connection to the proxy that HTTPS_PROXY \(or HTTP_PROXY\) names$"):
         await call(f"https:{SOMEWHERE}")
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid:3128")
+    with pytest.raises(
+        Transient, match=r"^the host of the proxy that HTTPS_PROXY \(or HTTP_PROXY\) names is not found$"
+    ):
+        await call(f"https:{SOMEWHERE}")
     monkeypatch.setenv("HTTPS_PROXY", "http://user:secret@proxy:port")
     with pytest.raises(Misconfigured, match=r"^HTTPS_PROXY") as refused:
         await call(f"https:{SOMEWHERE}")

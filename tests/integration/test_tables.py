@@ -11,6 +11,7 @@ import pytest
 from cdc_worker import care
 from cdc_worker.mirrors import Mirror
 from dev import local_convex as convex
+from dev import postgres
 from tests.integration.application import Database, rows_of
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import Running, quick_settings, worker_at_work
@@ -216,6 +217,24 @@ async def test_rows_that_are_read_while_a_table_that_is_no_source_is_filled_anew
         await running.at_rest()
         await equal(mirrored, mirror, db)
         assert [line for line in running.log.of("batch.applied") if "deleted" in line] == []
+
+
+async def test_rows_go_where_a_view_reads_what_the_role_may_not_name(
+    postgres_server: postgres.Server, db: Database, work: Work, mirrored: Mirrored, mirror: Mirror
+) -> None:
+    """As a public view over a table of logins: it is read with its owner's rights."""
+    with postgres_server.admin(db.dsn.rpartition("/")[2]) as superuser:
+        superuser.execute("create schema hidden; create table hidden.kind (part int primary key, name text)")
+        superuser.execute("create view named as select visit.*, name from visit left join hidden.kind using (part)")
+        superuser.execute("grant select on named to application")
+    seen = mirror.model_copy(update={"query": mirror.query.replace("from visit", "from named")})
+    db.migrate([seen])
+    async with work(seen) as running:
+        await running.said("backfill.done")
+        db.execute("delete from visit where id = (select min(id) from visit)")
+        await running.at_rest()
+        await equal(mirrored, mirror, db)
+        assert running.log.of("key.parked") == []
 
 
 SWAPPED = {

@@ -141,8 +141,9 @@ def test_a_certificate_that_is_not_accepted_is_named() -> None:
     where = aiohttp.client_reqrep.ConnectionKey("example.com", 443, True, True, None, None, None)
     refused = ssl.SSLCertVerificationError(1, "certificate verify failed")
     refused.verify_message = "self-signed certificate"
-    said = _why(aiohttp.ClientConnectorCertificateError(where, refused))
+    url = "https://example.com"
+    said = _why(aiohttp.ClientConnectorCertificateError(where, refused), url)
     assert "certificate of CONVEX_URL" in said
     assert "self-signed certificate" in said
-    assert "TLS" in _why(aiohttp.ClientConnectorSSLError(where, ssl.SSLError(1, "wrong version number")))
-    assert _why(aiohttp.ClientConnectorError(where, OSError(111, "refused"))) == "no connection"
+    assert "TLS" in _why(aiohttp.ClientConnectorSSLError(where, ssl.SSLError(1, "wrong version number")), url)
+    assert _why(aiohttp.ClientConnectorError(where, OSError(111, "refused")), url) == "no connection"
