@@ -26,6 +26,10 @@ _NO_LIMIT = 2_147_483_647
 # A page whose query passed the time limit is read again with its rows divided by this.
 _SLOW_SHARE = 8
 
+# How often a page lets go of all its tables, before one that is still locked (for half a second each time) breaks the
+# mirror that reads it.
+_GIVES_WAY = 3
+
 # Whether one of these tables ($1), or of what is behind them, has another file than in this snapshot, to which it is
 # empty now; or whether another one stands in its place, which may have been filled in the same transaction. What
 # functions say is of now; a partition that has left has no root.
@@ -97,12 +101,16 @@ class LateReader:
                 return readings
 
     async def _read_well_or_carefully(self, position: Position, number: int) -> Readings:
-        try:
-            return await self._read(position, number, careful=False)
-        except psycopg.Error as error:
-            if is_surely_gone(error) or (isinstance(error, psycopg.errors.QueryCanceled) and self._page_rows > 1):
-                raise
-            return await self._read(position, number, careful=True)
+        for _ in range(_GIVES_WAY):
+            try:
+                return await self._read(position, number, careful=False)
+            except psycopg.errors.LockNotAvailable:
+                continue
+            except psycopg.Error as error:
+                if is_surely_gone(error) or (isinstance(error, psycopg.errors.QueryCanceled) and self._page_rows > 1):
+                    raise
+                break
+        return await self._read(position, number, careful=True)
 
     async def _read(self, position: Position, number: int, *, careful: bool) -> Readings:
         """Careful: behind savepoints, so that one mirror's error is its own, and a row's is found by halving."""

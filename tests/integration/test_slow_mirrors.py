@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from cdc_worker import database as border
-from cdc_worker import liveness, worker
+from cdc_worker import late_read, liveness, worker
 from cdc_worker.database import Database as Border
 from cdc_worker.liveness import Liveness
 from cdc_worker.mirrors import Mirror, Source
@@ -92,6 +92,28 @@ async def test_a_migration_that_takes_a_page_s_tables_the_other_way_round_is_not
             migration = "begin; alter table two add note text; alter table one add note text; commit"
             await asyncio.to_thread(db.execute, migration)
             await eventually(lambda: (mirrored.keys(slow.name), mirrored.keys(second.name)), (["1"], ["1"]))
+        assert not {"mirror.broken", "key.parked", "database.refuses"} & set(running.log.events)
+
+
+async def test_a_table_that_is_locked_for_a_while_breaks_no_mirror(
+    database: str, local_convex: convex.LocalConvex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(border, "_LOCK_TIMEOUT", "100ms")
+    monkeypatch.setattr(late_read, "_GIVES_WAY", 1_000)
+    mirror = rows_of("work", name=f"locked-{uuid.uuid4().hex[:8]}")
+    mirrored = Mirrored(local_convex.url, local_convex.admin_key)
+    with Database(database, "create table work (id int)", [mirror]) as db, psycopg.connect(db.dsn) as migration:
+        db.execute("update cdc.backfill set phase = 'done'")
+        async with worker_at_work(quick_settings(database, local_convex), [mirror]) as running:
+            await running.said("session.open")
+            migration.execute("lock table work in access exclusive mode; insert into work values (1)")
+            db.execute("insert into cdc.outbox (slot, mirror, key) select cdc.written(), id, '1' from cdc.mirror")
+            db.execute("notify cdc_outbox")
+            waits = "select exists (select from pg_locks where not granted and relation = 'work'::regclass)"
+            await eventually(lambda: db.one(waits), expected=True)
+            await asyncio.sleep(0.5)
+            migration.commit()
+            await eventually(lambda: mirrored.keys(mirror.name), ["1"])
         assert not {"mirror.broken", "key.parked", "database.refuses"} & set(running.log.events)
 
 
