@@ -144,7 +144,8 @@ class _Server:
         self.options = Options()
         self.counts = Counts()
         self._epoch = 0
-        self._shards: dict[str, int] = {}
+        # By shard: the epoch, and what the worker said of its saves; the worker takes less for a deployment set back.
+        self._shards: dict[str, tuple[float, float]] = {}
         self._at_once = 0
         self._held: list[Callable[[], None]] = []
         self._waiting: list[tuple[int, int, Callable[[], None]]] = []
@@ -163,7 +164,7 @@ class _Server:
                 self._let_through()
             self._tell()
         elif b'"cdc:noteSaves"' in body[:80]:
-            write(_success(None))
+            write(self._note_saves(json.loads(body)["args"]))
         else:
             write(_success([]))  # cdc:keys: it holds no documents
 
@@ -206,12 +207,16 @@ class _Server:
             answer()
 
     def _open(self, args: dict[str, Any]) -> bytes:
-        previous = self._shards.get(args["shard"])
+        epoch, saves = self._shards.get(args["shard"], (None, 0.0))
         self._epoch = max(self._epoch, int(args["atLeast"])) + 1
-        self._shards[args["shard"]] = self._epoch
-        epoch = None if previous is None else float(previous)
-        answer = {"deployment": "bench", "epoch": float(self._epoch), "previous": epoch, "previousSaves": 0.0}
+        self._shards[args["shard"]] = (float(self._epoch), float(args["saves"]))
+        answer = {"deployment": "bench", "epoch": float(self._epoch), "previous": epoch, "previousSaves": saves}
         return _success(answer)
+
+    def _note_saves(self, args: dict[str, Any]) -> bytes:
+        epoch, saves = self._shards[args["shard"]]
+        self._shards[args["shard"]] = (epoch, float(args["saves"]))
+        return _success(saves)
 
     def _let_through(self) -> None:
         self.counts.released_at = time.monotonic()
