@@ -342,6 +342,24 @@ async def test_a_deployment_that_was_set_back_within_an_epoch_while_no_worker_ra
             assert "the deployment was set back" in await rescanned(running, since=0)
 
 
+async def test_a_postgres_that_was_restored_is_not_taken_for_a_convex_that_was(
+    mirrors: Sequence[Mirror], database: str, fresh_convex: convex.LocalConvex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first save after a restore is not what Convex was told at the opening."""
+    monkeypatch.setattr(care, "_SELDOM_SECONDS", 0.2)
+    settings = quick_settings(database, fresh_convex)
+    with Database(database, TABLES, mirrors) as db:
+        async with worker_at_work(settings, mirrors) as running:
+            await running.said("session.open")
+        db.execute("update cdc.checkpoint set incarnation = 'of another cluster'")
+        async with worker_at_work(settings, mirrors) as running:
+            await running.said("session.open")
+            opened = db.one("select told_saves from cdc.checkpoint")
+            await eventually(lambda: db.one("select told_saves from cdc.checkpoint") > opened, expected=True)
+        causes = [line["cause"] for line in running.log.of("session.rescan")]
+        assert causes == ["this is another Postgres than before (restored, failed over, or copied)"]
+
+
 async def test_triggers_that_come_back(
     mirrors: Sequence[Mirror],
     database: str,

@@ -106,6 +106,9 @@ def test_an_address_with_a_password_is_refused_without_it(monkeypatch: pytest.Mo
 def test_the_deploy_key_is_not_sent_in_the_clear(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="CONVEX_URL: must begin with https://"):
         load(monkeypatch, CONVEX_URL="http://happy-otter-123.convex.cloud")
+    # The dot of a full name leads there, too.
+    with pytest.raises(ConfigError, match="CONVEX_URL: must begin with https://"):
+        load(monkeypatch, CONVEX_URL="http://happy-otter-123.convex.cloud.")
 
 
 @pytest.mark.parametrize("host", ["happy..otter.example", ".example", f"{'a' * 64}.example"])
