@@ -35,6 +35,9 @@ _CHECKPOINT_SECONDS = 0.1
 # The position of an idle shard moves on with each look. For rotation's sake it is saved now and then, too: once in this
 # number of heartbeats.
 _UNMOVED_HEARTBEATS = 2
+# A stop waits so long for an answer that Convex may just give: an epoch that Postgres does not know of has every row
+# looked at again.
+_OPENING_SECONDS = 1.0
 # What a stop does behind its drain, for a platform that kills 30 s after its signal: noting how far it got, letting go.
 _LAST_SAVE_SECONDS = 2.0
 _RELEASE_SECONDS = 1.0
@@ -120,7 +123,10 @@ class Session:
         stopped = asyncio.create_task(stop.wait())
         try:
             await asyncio.wait({opening, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            return None if stop.is_set() else await opening
+            if not stop.is_set():
+                return await opening
+            await asyncio.wait({opening}, timeout=_OPENING_SECONDS)
+            return None
         finally:
             opening.cancel()
             stopped.cancel()

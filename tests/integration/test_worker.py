@@ -15,7 +15,7 @@ import psycopg
 import pytest
 
 from cdc_worker import backfill as rescans
-from cdc_worker import care, parking, registry
+from cdc_worker import care, parking, registry, session, shards
 from cdc_worker.catalog import check
 from cdc_worker.mirrors import Mirror, Source
 from cdc_worker.plan import Plan
@@ -1214,6 +1214,29 @@ async def test_a_stop_while_convex_hangs_ends_with_the_drain_time(
     mirrored = Mirrored(fresh_convex.url, fresh_convex.admin_key)
     async with worker_at_work(quick_settings(db.dsn, fresh_convex), mirrors):
         await eventually(lambda: len(mirrored.activities(user)), 1)
+
+
+async def test_a_stop_while_a_shard_is_opened_lets_it_be_opened(
+    mirrors: Sequence[Mirror], db: Database, fresh_convex: convex.LocalConvex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise Convex would have given an epoch that Postgres does not know, and the next worker look at all rows."""
+    for module, name in ((session, "_OPENING_SECONDS"), (shards, "_CUT_SHORT_SECONDS")):
+        monkeypatch.setattr(module, name, 10.0)
+    settings = quick_settings(db.dsn, fresh_convex, CDC_CONVEX_TIMEOUT_SECONDS=60)
+    async with worker_at_work(settings, mirrors) as running:
+        await running.said("session.open")
+    async with worker_at_work(settings, mirrors) as running:
+        fresh_convex.process.signal(signal.SIGSTOP)
+        await running.said("lease.acquired")
+        await asyncio.sleep(0.3)
+        stopping = asyncio.create_task(running.stop())
+        await asyncio.sleep(0.1)
+        fresh_convex.process.signal(signal.SIGCONT)
+        await stopping
+        assert "session.open" not in running.log.events
+    async with worker_at_work(settings, mirrors) as running:
+        await running.said("session.open")
+        assert "session.rescan" not in running.log.events
 
 
 async def test_a_backfill_command_is_noticed_soon(db: Database, work: Work, mirrored: Mirrored, tmp_path: Path) -> None:
