@@ -600,6 +600,24 @@ def test_a_plan_made_for_one_row_serves_a_hundred_thousand(opened: Open) -> None
     assert took < 10
 
 
+def test_an_update_of_many_rows_sorts_none_of_them(opened: Open, database: str) -> None:
+    """Beyond work_mem that would write them all to disk once more: here are the transition tables, and little else."""
+    db = opened()
+    db.execute("insert into t select n, repeat(md5(n::text), 12) from generate_series(1, 10000) as n")
+    for at_first in ("false", "id in ('1', '2')"):  # and with a plan that was made for few
+        before = db.one("select temp_bytes from pg_stat_database where datname = current_database()")
+        with psycopg.connect(database, autocommit=True) as writer:
+            writer.execute(f"update t set note = note || 'x' where {at_first}".encode())
+            writer.execute("update t set note = note || 'y'")
+        # What a session did is counted when it ends.
+        look = "select temp_bytes - %s from pg_stat_database where datname = current_database()"
+        deadline = time.monotonic() + 10
+        while not (written := db.one(look, before)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        rows = 2 * db.one("select sum(pg_column_size(t)) from t")
+        assert rows * 0.5 < written < rows * 1.3
+
+
 def test_partitions_are_captured_through_the_parent_and_directly(opened: Open) -> None:
     db = opened(
         """
