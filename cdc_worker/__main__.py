@@ -313,6 +313,9 @@ async def _with_database(settings: Settings, work: Callable[[Database], Awaitabl
 def main() -> None:
     """The entry point: what is expected to go wrong is one line, and exit status 2 (settings) or 1."""
     try:
+        for number, word in enumerate(sys.argv):
+            if not _is_utf8(word):
+                raise ConfigError(f"word {number} of the command line is not UTF-8, as all names and keys are")
         app()
     except ConfigError as error:
         _refuse(str(error), _EXIT_CONFIG)
@@ -325,6 +328,10 @@ def main() -> None:
         _refuse(f"Postgres refuses: {cause(error)}{_cure(error)}", 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_utf8(word: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in word)
 
 
 def _cure(error: psycopg.Error) -> str:

@@ -5,6 +5,7 @@ import contextlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import psycopg
 import structlog
@@ -26,6 +27,7 @@ from cdc_worker.tables import look_at_tables
 from cdc_worker.triggers import Gaps, find_gaps
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 # Between two rounds: long, since an idle worker is to cost next to nothing; short if a mirror is broken.
 _SELDOM_SECONDS = 120.0
@@ -36,6 +38,10 @@ _RESCAN_SECONDS = 1.0
 _RESCAN_REMINDER_SECONDS = 60.0
 # Tables without triggers are named again after this time: nothing else tells of the changes that are not seen.
 _MISSING_REMINDER_SECONDS = 300.0
+
+
+class _OtherCareFirst(Exception):
+    """What waits for Convex has waited long enough. It is taken up again in the next round."""
 
 
 class Care:
@@ -73,6 +79,8 @@ class Care:
         self._gaps = Gaps([], [])
         # When the bare ones were said (monotonic).
         self._missing_said = -math.inf
+        # What Convex may have been told of saves without an answer: the same again, until there is one.
+        self._telling: int | None = None
 
     async def note_rescans(self, mirror_ids: set[int]) -> None:
         """The log asks for rescans: noted in the database, so that the log's rows may be acknowledged."""
@@ -101,6 +109,8 @@ class Care:
                     await duty()
                 except psycopg.Error as error:
                     self._note_failure(error, "")
+                except _OtherCareFirst:
+                    self._soon.set()
             await self._rest()
 
     def _note_failure(self, error: psycopg.Error, what: str) -> None:
@@ -173,11 +183,13 @@ class Care:
 
     async def _note_saves(self) -> None:
         """Tells each side now and then how far the other was: so a side that is set back later is found out."""
-        saves = self._checkpoint.saves
+        saves = self._telling or self._checkpoint.saves
         told = self._checkpoint.told_saves
         if saves == told:
             return
-        before = await self._outage.insist(lambda: self._functions.note_saves(self._epoch, saves))
+        self._telling = saves
+        before = await self._insist(lambda: self._functions.note_saves(self._epoch, saves))
+        self._telling = None
         if before is None:
             return  # another epoch: the next batch is told, too
         # A call that was repeated finds its own note.
@@ -219,4 +231,12 @@ class Care:
                 return
 
     async def _list_documents(self, plan: Plan, after: str | None, limit: int) -> Sequence[str]:
-        return await self._outage.insist(lambda: self._functions.keys(plan.mirror, after, limit))
+        return await self._insist(lambda: self._functions.keys(plan.mirror, after, limit))
+
+    async def _insist(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Its outcome. Raises _OtherCareFirst if Convex is away for long."""
+        try:
+            async with asyncio.timeout(_SELDOM_SECONDS):
+                return await self._outage.insist(attempt)
+        except TimeoutError:
+            raise _OtherCareFirst from None

@@ -22,7 +22,7 @@ import aiohttp
 from convex.values import convex_to_json, json_to_convex
 from pydantic import SecretStr
 
-from cdc_worker.errors import FunctionFailed, Misconfigured, Overloaded, Transient
+from cdc_worker.errors import ConfigError, FunctionFailed, Misconfigured, Overloaded, Transient
 from convex import ConvexError
 
 Kind = Literal["query", "mutation"]
@@ -113,14 +113,22 @@ class Deployment:
 
 
 def _proxy(url: str) -> str | None:
-    """What HTTPS_PROXY (HTTP_PROXY for an address with http) names; none to this machine, or to a host in NO_PROXY."""
+    """What HTTPS_PROXY (HTTP_PROXY for an address with http) names; none to this machine, or to a host in NO_PROXY.
+
+    Raises ConfigError for a proxy of another kind.
+    """
     parts = urlsplit(url)
     host = parts.hostname or ""
     proxy = getproxies().get(parts.scheme)
     if not proxy or host in {"localhost", "127.0.0.1", "::1"} or proxy_bypass(host):
         return None
     # As curl and others read it.
-    return proxy if "://" in proxy else f"http://{proxy}"
+    kind, found, _ = proxy.partition("://")
+    if not found:
+        return f"http://{proxy}"
+    if kind.lower() not in {"http", "https"}:
+        raise ConfigError(f"{parts.scheme.upper()}_PROXY has to be an http:// address: no other proxy is known here")
+    return proxy
 
 
 async def _body(response: aiohttp.ClientResponse) -> bytes:

@@ -215,12 +215,12 @@ async def _status(
 async def _call(path: str, args: dict[str, Any]) -> Any:
     try:
         settings = load_settings(ConvexSettings)
+        if settings.missing_for_convex:
+            log.warning("sync.skipped", function=path, missing=list(settings.missing_for_convex), cure="set it")
+            return None
+        deployment = await deployment_of(settings)
     except ConfigError as error:
         raise SyncError(f"{path}: {error}") from None
-    if settings.missing_for_convex:
-        log.warning("sync.skipped", function=path, missing=list(settings.missing_for_convex), cure="set it")
-        return None
-    deployment = await deployment_of(settings)
     last: Transient | None = None
     try:
         # Around all: the last try may not take its own deadline on top, nor a pause.

@@ -216,6 +216,9 @@ def test_a_key_that_is_not_parked_is_refused_and_mirrors_are_named(db: Database,
     assert refused.stderr == (
         'cdc-worker: no key "status" is parked (a mirror is named with --mirror; there are: check-ins, status)\n'
     )
+    refused = command("parked", word, b"M\xfcller".decode(errors="surrogateescape"))
+    assert refused.returncode == 2
+    assert refused.stderr == "cdc-worker: word 3 of the command line is not UTF-8, as all names and keys are\n"
     refused = command("parked", word, "7", "--mirror", "status")
     assert refused.returncode == 2
     assert refused.stderr == 'cdc-worker: no key "7" of mirror "status" is parked: `cdc-worker parked list`\n'

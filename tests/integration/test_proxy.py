@@ -9,7 +9,8 @@ from aiohttp import web
 from pydantic import SecretStr
 
 from cdc_worker.deployment import Deployment
-from cdc_worker.errors import Misconfigured, Transient
+from cdc_worker.errors import ConfigError, Misconfigured, Transient
+from cdc_worker.sync import SyncError, sync_activity_async
 from dev import local_convex as convex
 from tests.integration.interposed import Interposed, Run
 
@@ -83,3 +84,11 @@ async def test_a_proxy_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(Misconfigured, match=r"^HTTPS_PROXY") as refused:
         await call(f"https:{SOMEWHERE}")
     assert "secret" not in str(refused.value)
+    monkeypatch.setenv("HTTPS_PROXY", "socks5://user:secret@proxy:1080")
+    with pytest.raises(ConfigError, match=r"^HTTPS_PROXY has to be an http:// address") as unknown:
+        await call(f"https:{SOMEWHERE}")
+    assert "secret" not in str(unknown.value)
+    monkeypatch.setenv("CONVEX_URL", f"https:{SOMEWHERE}")
+    monkeypatch.setenv("CONVEX_DEPLOY_KEY", "key")
+    with pytest.raises(SyncError, match="HTTPS_PROXY has to be"):
+        await sync_activity_async("someone", "check-in", "Feeling well", 0)

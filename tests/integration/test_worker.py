@@ -8,6 +8,7 @@ import signal
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from cdc_worker import backfill as rescans
 from cdc_worker import care, parking, registry, session, shards
+from cdc_worker.capture import CHANNEL
 from cdc_worker.catalog import check
 from cdc_worker.mirrors import Mirror, Source
 from cdc_worker.plan import Plan
@@ -23,6 +25,7 @@ from cdc_worker.safe_json import restore
 from dev import local_convex as convex
 from dev import postgres
 from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, renamed, rows_of
+from tests.integration.interposed import Interposed, hangs_after, held_until
 from tests.integration.mirrored import Mirrored, convex_at, eventually
 from tests.integration.running import Running, child, environment, quick_settings, worker_at_work
 
@@ -1102,6 +1105,41 @@ async def test_a_long_rescan_keeps_the_worker_from_no_other_care(
         assert [line for line in running.log.of("backfill.done") if line["mirror"] == mirrors[0].name] == []
         monkeypatch.setattr(rescans, "_PAGE_KEYS", 1_000)
         await running.said("backfill.done", times=2)
+
+
+@pytest.mark.parametrize("phase", ["saves", "documents"])
+async def test_care_that_waits_for_convex_keeps_the_worker_from_no_other(
+    mirrors: Sequence[Mirror],
+    db: Database,
+    fresh_convex: convex.LocalConvex,
+    monkeypatch: pytest.MonkeyPatch,
+    phase: str,
+) -> None:
+    for name, seconds in (("_SELDOM_SECONDS", 0.4), ("_MENDING_SECONDS", 0.2), ("_RESCAN_SECONDS", 0.05)):
+        monkeypatch.setattr(care, name, seconds)
+    async with (
+        Interposed(fresh_convex) as between,
+        worker_at_work(quick_settings(db.dsn, between.convex), mirrors) as running,
+    ):
+        await running.said("backfill.done", times=2)
+        # It is done without an answer, and then nothing is done any more.
+        for n, fault in enumerate((hangs_after, held_until(asyncio.Event()))):
+            between.fault = fault
+            if phase == "documents":
+                db.execute("update cdc.backfill set phase = 'documents', after = null, finished_at = null")
+            else:
+                saves = db.one("select saves from cdc.checkpoint")
+                db.execute(f"create table moves_the_position_{n} (); notify {CHANNEL}")
+                await eventually(partial(db.one, "select saves > %s from cdc.checkpoint", saves), expected=True)
+            await asyncio.sleep(1)  # now it waits for Convex
+        db.execute("""alter table "Alert" disable trigger user""")
+        await running.said("capture.missing")
+        db.execute("""alter table "Alert" enable trigger user""")
+        await running.said("capture.restored")
+        between.fault = None
+        await running.said("backfill.done", times=4)
+        await eventually(lambda: db.one("select told_saves = saves from cdc.checkpoint"), expected=True)
+        assert running.log.events.count("session.rescan") == 1, "the first time at this deployment"
 
 
 async def test_a_database_that_refuses_ddl_keeps_the_log_from_turning_and_nothing_else(
