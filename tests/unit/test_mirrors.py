@@ -69,6 +69,10 @@ WRONG = {
     "newline in name": (GOOD.replace("check-ins", "a\\n"), "name: must be small letters"),
     "reserved name": (GOOD.replace("check-ins", "app"), "'app' is reserved"),
     "same name twice": (GOOD.replace('"status"\ntarget', '"check-ins"\ntarget'), "two mirrors are called 'check-ins'"),
+    "a table with too many": (
+        GOOD + "".join(GOOD.split("\n\n", maxsplit=1)[0].replace("check-ins", f"m{n}") for n in range(100)),
+        "is a source 101 times, and 100 is the most",
+    ),
     "two statuses": (
         GOOD.replace('"activity"\nkey = ["id"]', '"status"\nkey = ["user_id"]'),
         'one mirror with target "status"',
