@@ -9,9 +9,7 @@ from typing import Any
 from convex.http_client import ConvexHttpClient
 
 from dev import local_convex as convex
-from tests.integration.running import pause
-
-SECONDS = 10.0
+from tests.integration.running import SECONDS, pause
 
 
 class Mirrored:
