@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 import structlog
 from structlog.typing import EventDict, WrappedLogger
@@ -23,7 +23,7 @@ from cdc_worker.worker import Worker
 from dev.chaos.forks import Connection, Fork
 from dev.local_convex import LocalConvex
 from dev.processes import Process, ProcessError
-from tests.integration.application import toml
+from tests.integration.application import Database, toml
 
 ROOT = Path(__file__).parents[2]
 # For what has to come to pass, however busy the machine is; less than a look that comes by itself (reader.py) is away.
@@ -39,6 +39,13 @@ QUICK: Mapping[str, Any] = {
     "CDC_DRAIN_SECONDS": 1,
     "CDC_HEARTBEAT_SECONDS": 1,
 }
+
+
+_AT_REST: LiteralString = """
+select not exists (select from cdc.outbox o, cdc.checkpoint c where not pg_visible_in_snapshot(o.xid, c.position))
+   and not exists (select from cdc.backfill b join cdc.mirror m on m.id = b.mirror
+                   where m.configured and b.phase <> 'done')
+"""
 
 
 def quick_settings(dsn: str, convex: LocalConvex | None, **given: Any) -> Settings:
@@ -94,11 +101,16 @@ class Running:
             assert asyncio.get_running_loop().time() < deadline, self.log.lines[-5:]
             await asyncio.sleep(0.002)
 
-    async def at_rest(self) -> None:
-        """Nothing is under way."""
-        since = len(self.log.of("worker.heartbeat"))
-        while (beat := await self.said("worker.heartbeat", times=since + 1))["backlog"] + beat["keys_under_way"]:
-            since += 1
+    async def at_rest(self, db: Database, *, seconds: float = SECONDS) -> None:
+        """Nothing is under way: all that was in the log by now is read, delivered or parked, and that is noted.
+
+        Not by the heartbeat, which knows nothing of what was written since the last look.
+        """
+        deadline = asyncio.get_running_loop().time() + seconds
+        while not await asyncio.to_thread(db.one, _AT_REST):
+            assert not self.task.done(), f"the worker ended: {self.log.events}"
+            assert asyncio.get_running_loop().time() < deadline, self.log.lines[-5:]
+            await asyncio.sleep(0.02)
 
     async def stop(self) -> None:
         """In order. Fails if anything else ended the worker, or if it does not end."""

@@ -151,7 +151,7 @@ async def test_parked_keys_are_listed_retried_and_dropped(
         await eventually(lambda: mirrored.keys("check-ins"), ["good"])
         # What is parked is read once more when the mirror is scanned.
         await running.said("backfill.done")
-        await running.at_rest()
+        await running.at_rest(db)
         before = len(running.log.of("key.parked"))
         assert before
 

@@ -175,6 +175,8 @@ async def test_keys_that_convex_refuses_one_by_one_are_not_said_one_by_one(
                 for n in keys:
                     check_in(db, user, str(n), "poison")
             await eventually(lambda: db.one("select count(*) from cdc.parked_key"), keys.stop)
+            # What is in the database already is said a moment later.
+            await running.at_rest(db)
 
         await refuse(range(10))
         assert [line["keys"] for line in running.log.of("key.parked")] == [1]
@@ -262,8 +264,7 @@ async def test_more_at_once_than_convex_answers_in_time_stands_in_nobodys_way(
         db.execute(
             """insert into "CheckIn" select n::text, %s, null, null, now() from generate_series(1, 300) as n""", user
         )
-        async with asyncio.timeout(30):
-            await running.at_rest()
+        await running.at_rest(db, seconds=60)
         between.fault = None
         assert running.log.of("convex.unreachable")[0]["cause"] == "no answer in time"
         assert running.log.events.count("session.open") == 1

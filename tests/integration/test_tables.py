@@ -123,7 +123,7 @@ async def test_a_key_column_that_changes_its_type_deletes_nothing(
     async with work() as running:
         await running.said("backfill.done")
         await noted(db)
-        await running.at_rest()
+        await running.at_rest(db)
         before = sorted(mirrored.keys(mirror.name))
         await asyncio.to_thread(db.execute, "alter table visit alter id type numeric(10, 2)")
         db.execute("update visit set note = 'x'")
@@ -148,7 +148,7 @@ async def test_a_key_column_that_is_replaced_by_one_of_another_type(
     async with work() as running:
         await running.said("backfill.done")
         await noted(db)
-        await running.at_rest()
+        await running.at_rest(db)
         await asyncio.to_thread(db.execute, replaced)
         await asyncio.to_thread(db.execute, "insert into visit (part) values (1)")
         await running.said("mirror.broken")
@@ -174,7 +174,7 @@ async def read_while(db: Database, running: Running, altering: str) -> None:
     """The page that waits for the table has its snapshot from before the change."""
     await running.said("backfill.done")
     await noted(db)
-    await running.at_rest()
+    await running.at_rest(db)
     with psycopg.connect(db.dsn) as application:
         application.execute(altering)
         mark_anew(db)
@@ -192,7 +192,7 @@ async def test_rows_that_are_read_while_their_table_is_rewritten(
         await read_while(db, running, REWRITTEN[how])
         # What else such a page may have read wrongly is looked at again.
         assert "rewritten" in (await running.said("capture.tables_changed"))["cause"]
-        await running.at_rest()
+        await running.at_rest(db)
         await equal(mirrored, mirror, db)
         assert [line for line in running.log.of("batch.applied") if "deleted" in line] == []
 
@@ -207,14 +207,14 @@ async def test_rows_that_are_read_while_a_table_that_is_no_source_is_filled_anew
     db.migrate([joined])
     async with work(joined) as running:
         await running.said("backfill.done")
-        await running.at_rest()
+        await running.at_rest(db)
         with psycopg.connect(db.dsn) as altering:
             altering.execute("truncate kind; insert into kind values (1, 'c'), (2, 'd')")
             mark_anew(db)
             waits = "select count(*) > 0 from pg_locks where not granted and relation = 'kind'::regclass"
             await eventually(lambda: db.one(waits), expected=True)
             altering.commit()
-        await running.at_rest()
+        await running.at_rest(db)
         await equal(mirrored, mirror, db)
         assert [line for line in running.log.of("batch.applied") if "deleted" in line] == []
 
@@ -232,7 +232,7 @@ async def test_rows_go_where_a_view_reads_what_the_role_may_not_name(
     async with work(seen) as running:
         await running.said("backfill.done")
         db.execute("delete from visit where id = (select min(id) from visit)")
-        await running.at_rest()
+        await running.at_rest(db)
         await equal(mirrored, mirror, db)
         assert running.log.of("key.parked") == []
 
@@ -263,7 +263,7 @@ async def test_rows_that_are_read_while_another_table_takes_the_place_of_theirs(
     async with work() as running:
         await read_while(db, running, SWAPPED[how])
         await running.said("capture.tables_changed")
-        await running.at_rest()
+        await running.at_rest(db)
         await equal(mirrored, mirror, db)
         assert [line for line in running.log.of("batch.applied") if "deleted" in line] == []
 
