@@ -19,11 +19,13 @@ from dev import postgres
 from dev.link import link_to
 from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, rows_of, through, toml
 from tests.integration.mirrored import Mirrored, convex_at, eventually
-from tests.integration.running import Child, child, environment
+from tests.integration.running import SECONDS, Child, child, environment
 
 pytestmark = pytest.mark.one_postgres
 
 MIRRORS = (CHECK_INS, STATUS)
+# Less than what a platform gives, and the resolver below takes; time enough for an interpreter to start.
+ENDS_SECONDS = 30
 SECRET_NOTE = "what nobody may read in a log"
 
 
@@ -52,14 +54,14 @@ def check_in(db: Database, user: str, key: str) -> None:
 def test_sigterm_ends_it_in_order(
     db: Database, local_convex: convex.LocalConvex, mirrored: Mirrored, config: Path, user: str
 ) -> None:
-    with child(config.parent, environment(db.dsn, local_convex, config), mirrors=MIRRORS) as worker:
+    # No heartbeat between the last lines, and a drain that no busy machine exceeds.
+    env = environment(db.dsn, local_convex, config, CDC_HEARTBEAT_SECONDS=3600, CDC_DRAIN_SECONDS=20)
+    with child(config.parent, env, mirrors=MIRRORS) as worker:
         worker.said("backfill.done", times=len(MIRRORS))
         check_in(db, user, "1")
         until(lambda: len(mirrored.activities(user)), 1)
-        started = time.monotonic()
         worker.term()
-        assert worker.process.wait(10) == 0
-        assert time.monotonic() - started < 5
+        assert worker.process.wait(ENDS_SECONDS) == 0
         events = [line["event"] for line in worker.lines]
         first = events.index("worker.stop_requested")
         assert events[first:] == ["worker.stop_requested", "session.stopping", "session.drained", "worker.stopped"]
@@ -75,13 +77,13 @@ def test_a_second_signal_ends_it_at_once(
         worker.said("session.open")
         fresh_convex.process.signal(signal.SIGSTOP)
         check_in(db, user, "1")
-        until(lambda: "keys_under_way" in worker.said("worker.heartbeat"), expected=True)
+        # Something that the stop waits for.
+        until(lambda: worker.lines[-1].get("keys_under_way"), 1)
         worker.term()
         worker.said("session.stopping")
-        started = time.monotonic()
         worker.process.signal(signal.SIGINT)
-        assert worker.process.wait(5) == 1
-        assert time.monotonic() - started < 1
+        # Long before the drain would have ended, and with another code.
+        assert worker.process.wait(15) == 1
         assert worker.lines[-1]["event"] == "worker.killed"
 
 
@@ -99,7 +101,7 @@ def test_sigterm_ends_it_also_if_nobody_reads_its_log_any_more(
                 pass
             worker.stderr.close()
             worker.terminate()
-            worker.wait(10)
+            worker.wait(ENDS_SECONDS)
         finally:
             worker.kill()
 
@@ -167,7 +169,7 @@ async def test_it_ends_with_the_first_line_that_nobody_takes(
                 first.process.kill()
             if state == "convex.unreachable":
                 running.enter_context(convex_at(convex_port, admin_key=local_convex.admin_key))
-            assert await asyncio.to_thread(worker.process.wait, 15) == 1
+            assert await asyncio.to_thread(worker.process.wait, ENDS_SECONDS) == 1
 
 
 @pytest.mark.parametrize("host_of", ["Postgres", "Convex"])
@@ -191,10 +193,9 @@ app()
     with child(config.parent, env, mirrors=MIRRORS, program=("-c", slow)) as worker:
         worker.said("worker.started" if host_of == "Postgres" else "convex.unreachable")
         time.sleep(0.5)
-        started = time.monotonic()
         worker.term()
-        assert worker.process.wait(20) == 0
-        assert time.monotonic() - started < 10
+        # The resolver takes a minute.
+        assert worker.process.wait(ENDS_SECONDS) == 0
         assert worker.lines[-1]["event"] == "worker.stopped"
 
 
@@ -202,7 +203,7 @@ app()
 def test_a_second_worker_stands_by_and_takes_over(
     db: Database, local_convex: convex.LocalConvex, mirrored: Mirrored, config: Path, user: str, how: signal.Signals
 ) -> None:
-    env = environment(db.dsn, local_convex, config, CDC_LEASE_SECONDS=30)
+    env = environment(db.dsn, local_convex, config, CDC_LEASE_SECONDS=120)
     with (
         child(config.parent, env, mirrors=MIRRORS, name="first") as first,
         child(config.parent, env, name="second") as second,
@@ -213,17 +214,15 @@ def test_a_second_worker_stands_by_and_takes_over(
         until(lambda: len(mirrored.activities(user)), 1)
         assert "session.open" not in [line["event"] for line in standby.lines]
         leader.process.signal(how)
-        started = time.monotonic()
         check_in(db, user, "2")
-        standby.said("lease.acquired")
         # Long before the lease would have run out.
-        assert time.monotonic() - started < 2
+        standby.said("lease.acquired")
         until(lambda: len(mirrored.activities(user)), 2)
 
 
 def _in_order(first: Child, second: Child) -> tuple[Child, Child]:
     """Who has the lease, and who has not."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + SECONDS
     while True:
         for one, other in ((first, second), (second, first)):
             if "session.open" in [line["event"] for line in one.lines]:
@@ -256,7 +255,7 @@ def test_the_log_has_no_row_and_no_secret(
         worker.said("mirror.broken")
         worker.said("worker.heartbeat")
         worker.term()
-        assert worker.process.wait(15) == 0
+        assert worker.process.wait(ENDS_SECONDS) == 0
         text = worker.process.stderr.read_text()
         lines = worker.lines
     assert {line["level"] for line in lines} >= {"debug", "info", "error"}
@@ -279,7 +278,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_wrong_setting_is_one_line_and_exit_2(db: Database, config: Path, what: str) -> None:
     given, words = REFUSALS[what]
     with child(config.parent, environment(db.dsn, None, config, **given), mirrors=None) as worker:
-        assert worker.process.wait(15) == 2
+        assert worker.process.wait(ENDS_SECONDS) == 2
         text = worker.process.stderr.read_text()
     assert text.startswith(f"cdc-worker: {words}")
     assert len(text.splitlines()) == 1
@@ -288,7 +287,7 @@ def test_a_wrong_setting_is_one_line_and_exit_2(db: Database, config: Path, what
 def test_a_database_that_is_out_of_reach_is_one_line_and_exit_1(config: Path) -> None:
     env = environment(f"postgresql://someone:s3cret@127.0.0.1:{postgres.free_port()}/nowhere", None, config)
     with child(config.parent, env, "migrate", mirrors=MIRRORS) as command:
-        assert command.process.wait(15) == 1
+        assert command.process.wait(ENDS_SECONDS) == 1
         text = command.process.stderr.read_text()
     assert text.startswith("cdc-worker: the database is out of reach: ")
     assert "s3cret" not in text
@@ -297,7 +296,7 @@ def test_a_database_that_is_out_of_reach_is_one_line_and_exit_1(config: Path) ->
 
 def test_backfill_of_a_mirror_that_is_not_there(db: Database, config: Path) -> None:
     with child(config.parent, environment(db.dsn, None, config), "backfill", "nothing", mirrors=MIRRORS) as command:
-        assert command.process.wait(15) == 2
+        assert command.process.wait(ENDS_SECONDS) == 2
         assert 'no mirror "nothing" (there are: check-ins, status)' in command.process.stderr.read_text()
 
 
@@ -306,7 +305,7 @@ def test_backfill_marks_every_row(db: Database, config: Path) -> None:
     db.captured()
     db.execute("update cdc.backfill set phase = 'done'")
     with child(config.parent, environment(db.dsn, None, config), "backfill", "status", mirrors=MIRRORS) as command:
-        assert command.process.wait(15) == 0
+        assert command.process.wait(ENDS_SECONDS) == 0
         assert command.said("backfill.done")["keys"] == 2500
     assert len(set(db.captured())) == 2500
 
@@ -314,7 +313,7 @@ def test_backfill_marks_every_row(db: Database, config: Path) -> None:
 def test_the_environment_is_not_needed_for_help() -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "cdc_worker", "--help"],
-        env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=20, check=False,
+        env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert ran.returncode == 0
     for word in ("run", "migrate", "backfill", "DATABASE_URL"):
