@@ -27,12 +27,12 @@ from dev.postgres import PostgresError
 from dev.processes import ProcessError
 
 # The rows that were there before: the worker's start included.
-FILL_SECONDS = 20.0
+FILL_SECONDS = 60.0
 # After the last write; a difference that lasts longer is one.
-SETTLE_SECONDS = 5.0
+SETTLE_SECONDS = 10.0
 LATE_SECONDS = 3.0
 # One answer of Convex, on this machine.
-READ_SECONDS = 10.0
+READ_SECONDS = 30.0
 
 TROUBLES = (StageError, ConvexReadError, LocalConvexError, PostgresError, ProcessError, psycopg.Error, OSError)
 
@@ -201,7 +201,7 @@ def _demo(
         float | None, typer.Option("--for", metavar="SECONDS", min=1, help="End by itself. Otherwise: Ctrl-C.")
     ] = None,
     rate: Annotated[
-        float, typer.Option(metavar="WRITES_PER_SECOND", min=0.1, max=100, help="Transactions, on average.")
+        float, typer.Option(metavar="WRITES_PER_SECOND", min=0.01, max=100, help="Transactions, on average.")
     ] = 3.0,
     logs: Annotated[bool, typer.Option("--logs", help="Show the worker's log lines, too.")] = False,
 ) -> None:

@@ -100,7 +100,7 @@ def demo(output: Path, request: pytest.FixtureRequest) -> Iterator[Demo]:
         demo.process.wait()
 
 
-@pytest.mark.parametrize("demo", [("--for", "1", "--rate", "20", "--logs")], indirect=True)
+@pytest.mark.parametrize("demo", [("--for", "4", "--rate", "20", "--logs")], indirect=True)
 def test_a_run_proves_itself_and_leaves_nothing(demo: Demo) -> None:
     demo.wait_for("seen in Convex after")
     folders = demo.folders()
@@ -128,7 +128,7 @@ def test_nothing_is_left_when_it_is_killed(demo: Demo) -> None:
     demo.wait_for("seen in Convex after")
     folders = demo.folders()
     demo.end(signal.SIGKILL)
-    demo.assert_nothing_is_left(folders, within_seconds=20)
+    demo.assert_nothing_is_left(folders, within_seconds=60)
 
 
 def test_a_worker_that_dies_is_told(demo: Demo) -> None:
@@ -155,15 +155,15 @@ class Admin:
             json.dumps({"path": path, "args": args, "format": "convex_encoded_json"}).encode(),
             {"Content-Type": "application/json", "Authorization": f"Convex {self._key}"},
         )
-        with urllib.request.urlopen(request, timeout=5) as answer:
+        with urllib.request.urlopen(request, timeout=30) as answer:
             said = json.load(answer)
         assert said["status"] == "success", said
         return said["value"]
 
 
-@pytest.mark.parametrize("demo", [("--rate", "0.1")], indirect=True)
+@pytest.mark.parametrize("demo", [("--rate", "0.01")], indirect=True)
 def test_every_kind_of_difference_is_noticed(demo: Demo) -> None:
-    # The first write; the next one is seconds away, and cannot take away what is tampered with.
+    # The first write; the next one is most of a minute away, and cannot take away what is tampered with.
     demo.wait_for("→")
     admin = Admin(demo.text())
     keys = {
@@ -172,6 +172,9 @@ def test_every_kind_of_difference_is_noticed(demo: Demo) -> None:
     }
     user = keys["status"][0]
     lost, altered = keys["check-ins"][0], keys["conversations"][0]
+    # The first write may have been an alert of any level.
+    status = admin.call("alerts:getUserStatus", {"userId": user})
+    level = "L1" if status.get("alertLevel") == "L4" else "L4"
     # Opened later, so above the worker's: it cannot set right what is done here.
     epoch = admin.call("cdc:open", {"shard": "test", "shards": 1, "reader": "test", "atLeast": 0, "saves": 0})["epoch"]
     forged = {
@@ -184,7 +187,7 @@ def test_every_kind_of_difference_is_noticed(demo: Demo) -> None:
     events = [
         {"key": f"check-ins:{lost}", "number": 1, "target": "activity", "document": None},
         {"key": f"conversations:{altered}", "number": 2, "target": "activity", "document": forged},
-        {"key": f"status:{user}", "number": 3, "target": "status", "document": {"userId": user, "alertLevel": "L4"}},
+        {"key": f"status:{user}", "number": 3, "target": "status", "document": {"userId": user, "alertLevel": level}},
         {"key": "status:nobody", "number": 4, "target": "status", "document": {"userId": "nobody"}},
         {
             "key": "alerts:stray",
@@ -204,7 +207,7 @@ def test_every_kind_of_difference_is_noticed(demo: Demo) -> None:
     assert "✗ not equal" in said
     assert f"check-ins {lost}: missing in Convex" in said
     assert re.search(rf"conversations {altered}: Postgres has .*; Convex has .*'forged'", said)
-    assert re.search(rf"status {user}: Postgres has .*; Convex has .*alertLevel 'L4'", said)
+    assert re.search(rf"status {user}: Postgres has .*; Convex has .*alertLevel '{level}'", said)
     assert "status nobody: Convex has it, Postgres does not" in said
     assert "alerts stray: Convex has a document under this key, Postgres has no such row" in said
     assert re.search(r"alerts document \S+: Convex has it, Postgres does not .*'not from a row'", said)
