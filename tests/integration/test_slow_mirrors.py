@@ -20,12 +20,12 @@ from tests.integration.running import quick_settings, worker_at_work
 
 pytestmark = pytest.mark.one_postgres
 
-MIRRORS = 6
-LIMIT_SECONDS = 1.0
-GRACE_SECONDS = 0.3
-# All of them together take far longer than any one wait may, and twice as much.
-TAKES_SECONDS = 0.6
-STALL_SECONDS = 2.5
+MIRRORS = 8
+LIMIT_SECONDS = 2.0
+GRACE_SECONDS = 0.5
+# All of them together take far longer than any one wait may, and twice as much; each takes far less.
+TAKES_SECONDS = 0.8
+STALL_SECONDS = 4.5
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ async def test_a_page_of_many_slow_mirrors_is_read_to_its_end(
         async with worker_at_work(settings, mirrors) as running:
             await running.said("session.open")
             db.execute("insert into work values (1)")
-            await eventually(lambda: [mirrored.keys(mirror.name) for mirror in mirrors], [["1"]] * MIRRORS, seconds=20)
+            await eventually(lambda: [mirrored.keys(mirror.name) for mirror in mirrors], [["1"]] * MIRRORS)
             await running.stop()
             assert running.log.events.count("session.open") == 1
             assert "key.parked" not in running.log.events
@@ -73,24 +73,37 @@ async def test_a_page_of_many_slow_mirrors_is_read_to_its_end(
 
 
 async def test_a_migration_that_takes_a_page_s_tables_the_other_way_round_is_not_ended(
-    database: str, local_convex: convex.LocalConvex
+    database: str, local_convex: convex.LocalConvex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # It has the second table and waits for the first; the reader has the first, and comes to wait for the second.
     # Postgres ends who has waited for a second: the reader must have given way before.
+    monkeypatch.setattr(late_read, "_GIVES_WAY", 1_000)
     run = uuid.uuid4().hex[:8]
     first, second = rows_of("one", name=f"one-{run}"), rows_of("two", name=f"two-{run}")
-    pause = "with pause as materialized (select pg_sleep(0.3))"
+    # Until the gate is open.
+    pause = "with pause as materialized (select pg_advisory_xact_lock_shared(7))"
     slow = first.model_copy(update={"query": f"{pause} {first.query}, pause"})
     mirrored = Mirrored(local_convex.url, local_convex.admin_key)
-    with Database(database, "create table one (id int); create table two (id int)", [slow, second]) as db:
+    with (
+        Database(database, "create table one (id int); create table two (id int)", [slow, second]) as db,
+        psycopg.connect(database) as gate,
+        psycopg.connect(database) as migration,
+    ):
         db.execute("update cdc.backfill set phase = 'done'")
-        reads = "select exists (select from pg_stat_activity where wait_event = 'PgSleep' and datname = %s)"
+        at_gate = "select exists (select from pg_locks where not granted and locktype = 'advisory' and objid = 7)"
+        for_one = "select exists (select from pg_locks where not granted and relation = 'one'::regclass)"
         async with worker_at_work(quick_settings(database, local_convex), [slow, second]) as running:
             await running.said("session.open")
+            gate.execute("select pg_advisory_xact_lock(7)")
             db.execute("begin; insert into one values (1); insert into two values (1); commit")
-            await eventually(lambda: db.one(reads, db.one("select current_database()")), True)
-            migration = "begin; alter table two add note text; alter table one add note text; commit"
-            await asyncio.to_thread(db.execute, migration)
+            await eventually(lambda: db.one(at_gate), True)
+            await asyncio.to_thread(migration.execute, "alter table two add note text")
+            altering = asyncio.create_task(asyncio.to_thread(migration.execute, "alter table one add note text"))
+            # Unless the reader has given way already, tired of the gate.
+            await eventually(lambda: altering.done() or db.one(for_one), True)
+            gate.commit()
+            await altering
+            migration.commit()
             await eventually(lambda: (mirrored.keys(slow.name), mirrored.keys(second.name)), (["1"], ["1"]))
         assert not {"mirror.broken", "key.parked", "database.refuses"} & set(running.log.events)
 

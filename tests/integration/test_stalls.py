@@ -18,11 +18,12 @@ from cdc_worker.mirrors import Mirror
 from dev import local_convex as convex
 from dev.processes import ProcessError
 from tests.integration.application import CHECK_INS, TABLES, Database, toml
-from tests.integration.running import ROOT, Child, child, environment
+from tests.integration.running import ROOT, SECONDS, Child, child, environment
 
 pytestmark = pytest.mark.one_postgres
 
-LIMIT_SECONDS = 1.5
+# Of a machine that is busy a wait that is well takes up to so long.
+LIMIT_SECONDS = 4.0
 # The worker as it is, but for the limit, of which the least that may be set is a minute, and what must be below it.
 IMPATIENT = f"""
 from cdc_worker import liveness, reader, worker
@@ -114,7 +115,7 @@ def test_a_convex_that_never_answers(
 
 
 def stalled(worker: Child, waits_for: set[str]) -> None:
-    assert worker.process.wait(10) == 1
+    assert worker.process.wait(60) == 1
     said = worker.said("worker.stalled")
     assert said["waits_for"].removesuffix(" (shard 0/1)") in waits_for
     assert said["level"] == "critical"
@@ -129,14 +130,14 @@ def test_one_with_nothing_to_do_is_not_stuck(
         worker.said("backfill.done")
         check_in(db, "good")
         until_delivered = "select saves > 0 from cdc.checkpoint"
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + SECONDS
         while not db.one(until_delivered):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         with pytest.raises(ProcessError):
             worker.process.wait(2 * LIMIT_SECONDS)
         worker.term()
-        assert worker.process.wait(10) == 0
+        assert worker.process.wait(30) == 0
         assert "worker.stalled" not in [line["event"] for line in worker.lines]
 
 
@@ -152,7 +153,7 @@ def test_a_log_that_nobody_reads(
     try:
         with subprocess.Popen([sys.executable, "-c", IMPATIENT, "run"], env=env, cwd=ROOT, stderr=writing) as worker:
             try:
-                assert worker.wait(10) == 1
+                assert worker.wait(60) == 1
             finally:
                 worker.kill()
     finally:
