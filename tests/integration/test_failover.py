@@ -21,19 +21,20 @@ from tests.integration.crowd import change_some, check_in_often, documents, rows
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import quick_settings, worker_at_work
 
-pytestmark = [pytest.mark.one_postgres, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.one_postgres, pytest.mark.timeout(180)]
 
 ROWS = 1_000
-DEADLINE_SECONDS = 0.4
+# What is well takes less on a busy machine.
+DEADLINE_SECONDS = 1.5
 
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dead link is noticed in fractions of a second here."""
+    """A dead link is noticed in seconds here."""
     monkeypatch.setattr(reader, "_LOOKOUT_SECONDS", 0.6)
     monkeypatch.setattr(listener, "_DEADLINE_SECONDS", DEADLINE_SECONDS)
     monkeypatch.setattr(border, "_GRACE_SECONDS", DEADLINE_SECONDS)
-    monkeypatch.setattr(border, "_CONNECT_SECONDS", 1)
+    monkeypatch.setattr(border, "_CONNECT_SECONDS", 3)
     monkeypatch.setattr(care, "_RESCAN_SECONDS", 0.05)
 
 
@@ -107,7 +108,7 @@ async def test_the_address_leads_to_a_promoted_standby(
 ) -> None:
     dsn = primary.dsn(postgres.create_database(primary))
     settings = quick_settings(
-        through(address.port, dsn), local_convex, CDC_STATEMENT_SECONDS=1, CDC_BATCH_KEYS=25, CDC_PAGE_ROWS=200
+        through(address.port, dsn), local_convex, CDC_STATEMENT_SECONDS=2, CDC_BATCH_KEYS=25, CDC_PAGE_ROWS=200
     )
     keep_in_step(primary)
     with Database(dsn, TABLES, mirrors) as db:
@@ -129,7 +130,7 @@ async def test_the_address_leads_to_a_promoted_standby(
             with Database(through(standby.port, dsn)) as after:
                 after.execute("""update "CheckIn" set note = 'after' where id like %s || '%%1'""", user)
                 assert len(rows(after)) > ROWS / 2
-                await eventually(lambda: documents(mirrored, user, ROWS), rows(after), seconds=20)
+                await eventually(lambda: documents(mirrored, user, ROWS), rows(after), seconds=60)
                 await eventually(lambda: after.one("select count(*) from cdc.backfill where phase <> 'done'"), 0)
                 assert after.one("select count(*) from cdc.parked_key") == 0
                 assert documents(mirrored, user, ROWS) == rows(after)
@@ -150,16 +151,16 @@ async def test_a_standby_that_lagged_is_what_counts(
 ) -> None:
     """What the old primary had told nobody but the worker is undone in Convex; another worker finds it out as well."""
     dsn = primary.dsn(postgres.create_database(primary))
-    settings = quick_settings(through(address.port, dsn), local_convex, CDC_STATEMENT_SECONDS=1)
+    settings = quick_settings(through(address.port, dsn), local_convex, CDC_STATEMENT_SECONDS=2)
     keep_in_step(primary)
     with Database(dsn, TABLES, mirrors) as db:
         check_in_often(db, user, ROWS)
         async with worker_at_work(settings, mirrors):
-            await eventually(lambda: documents(mirrored, user, ROWS), rows(db), seconds=20)
+            await eventually(lambda: documents(mirrored, user, ROWS), rows(db), seconds=60)
             await asyncio.to_thread(keep_in_step_no_more, primary)
             await asyncio.to_thread(standby.stop)
             change_some(db, user)
-            await eventually(lambda: documents(mirrored, user, ROWS), rows(db), seconds=20)
+            await eventually(lambda: documents(mirrored, user, ROWS), rows(db), seconds=60)
     await asyncio.to_thread(primary.stop, "immediate")
     await asyncio.to_thread(standby.start)
     await asyncio.to_thread(promote, standby)
@@ -167,4 +168,4 @@ async def test_a_standby_that_lagged_is_what_counts(
     with Database(through(standby.port, dsn)) as after:
         assert len(rows(after)) == ROWS
         async with worker_at_work(settings, mirrors):
-            await eventually(lambda: documents(mirrored, user, ROWS), rows(after), seconds=20)
+            await eventually(lambda: documents(mirrored, user, ROWS), rows(after), seconds=60)
