@@ -99,7 +99,7 @@ def migrate_now(dsn: str, mirrors: Sequence[Mirror], *, shards: int = 1) -> None
     """In a thread with a loop of its own, so that any test may call it."""
 
     async def work() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             await migrate(dsn, mirrors, shards=shards)
 
     with ThreadPoolExecutor(1) as thread:
@@ -128,9 +128,14 @@ class Database:
     def __init__(self, dsn: str, ddl: str = "", mirrors: Sequence[Mirror] | None = None) -> None:
         self.dsn = dsn
         self.connection = psycopg.connect(dsn, autocommit=True, options="-c statement_timeout=20s")
-        self.execute(ddl)
-        if mirrors is not None:
-            self.migrate(mirrors)
+        try:
+            self.execute(ddl)
+            if mirrors is not None:
+                self.migrate(mirrors)
+        except BaseException:
+            # Left open, it would be the error of another test.
+            self.connection.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
