@@ -223,7 +223,6 @@ def test_several_dynos_of_one_procfile(
         text = dynos.stdout.read_text()
     assert text.count('"event": "worker.stopped"') == 3, text
     assert held(db) == 0
-    assert db.one("select count(*) from cdc.worker") == 0
 
 
 def test_no_shard_is_left_to_a_worker_that_is_not_ready(
