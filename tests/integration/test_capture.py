@@ -592,12 +592,9 @@ def test_a_plan_made_for_one_row_serves_a_hundred_thousand(opened: Open) -> None
         db.execute("update t set other = %s", n)
     db.execute("insert into t select n::text from generate_series(1, 100000) as n")
     db.execute("truncate cdc.outbox")
-    started = time.monotonic()
+    # A nested loop would compare ten thousand million pairs, and come to the time limit; this takes half a second.
     db.execute("update t set other = 100")
-    took = time.monotonic() - started
     assert db.one("select sum(cardinality(keys)) from cdc.outbox") == 100_001
-    # A nested loop would compare ten thousand million pairs. This takes about half a second.
-    assert took < 10
 
 
 def test_an_update_of_many_rows_sorts_none_of_them(opened: Open, database: str) -> None:
@@ -684,7 +681,7 @@ def test_the_doorbell_rings_only_while_the_worker_sleeps(opened: Open) -> None:
         worker.execute("select pg_try_advisory_lock(%s, 1)", (0x6364,))
         db.execute("insert into t values ('asleep')")
         db.execute("update t set note = note")  # nothing changed: nobody is woken for it
-        rung = [notify.channel for notify in worker.notifies(timeout=5, stop_after=1)]
+        rung = [notify.channel for notify in worker.notifies(timeout=30, stop_after=1)]
         assert rung == ["cdc_outbox"]
         assert list(worker.notifies(timeout=0.2)) == []
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator
 
 import psycopg
@@ -48,18 +47,18 @@ async def test_a_statement_that_is_cancelled_at_any_moment_spoils_no_other(pool:
 
 async def test_a_statement_that_is_cancelled_lets_its_task_go_at_once(pool: Database) -> None:
     await pool.execute("select 1")
-    sleeping = asyncio.create_task(pool.execute("select pg_sleep(4)"))
+    sleeping = asyncio.create_task(pool.execute("select pg_sleep(8)"))
     await asyncio.sleep(0.1)
-    started = time.monotonic()
-    await cancelled(sleeping, after_turns=0)
-    assert time.monotonic() - started < 1
+    # The driver's own way waits for the end of the statement, or for 5 s.
+    async with asyncio.timeout(4):
+        await cancelled(sleeping, after_turns=0)
 
 
 async def test_a_pool_that_is_used_up_is_said_in_words(pool: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool._pool, "timeout", 0.2)
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(4):
             await stack.enter_async_context(pool.transaction())
+        monkeypatch.setattr(pool._pool, "timeout", 0.2)
         with pytest.raises(psycopg.OperationalError, match="all are in use, or Postgres"):
             await pool.execute("select 1")
 
@@ -77,7 +76,7 @@ async def test_a_roll_back_over_a_deaf_link_has_a_deadline(
             link.deaf()
             raise RuntimeError("of the caller's own")
 
-    async with asyncio.timeout(5), Database(dsn, statement_seconds=0.2) as pool:
+    async with asyncio.timeout(30), Database(dsn, statement_seconds=2) as pool:
         with pytest.raises(RuntimeError, match="of the caller's own"):
             await fail(pool)
 
@@ -90,7 +89,7 @@ async def test_what_a_worker_locked_that_vanished_is_free_again(database: str, m
         async with pool.transaction() as connection:
             await connection.execute("lock table mirrored in access exclusive mode")
             # This loop stands still meanwhile, and sends nothing.
-            other.execute("set lock_timeout = '3s'; lock table mirrored in access share mode")
+            other.execute("set lock_timeout = '20s'; lock table mirrored in access share mode")
 
     with psycopg.connect(database) as other:
         other.execute("create table mirrored (id int)")
@@ -139,7 +138,7 @@ async def test_a_transaction_that_was_idle_too_long_is_the_database_s_error(pool
     async def idle() -> None:
         async with pool.transaction() as connection:
             await connection.execute("set local idle_in_transaction_session_timeout = 20")
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(1)
             await connection.execute("select 1")
 
     with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout) as said:

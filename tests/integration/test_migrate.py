@@ -677,7 +677,7 @@ def migrating_aside(dsn: str, mirrors: Sequence[Mirror]) -> Iterator[Callable[[]
         raise failed[0]
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -743,18 +743,16 @@ def test_a_long_writer_is_waited_for_and_nobody_waits_behind_us(db: Database) ->
     asks = "select count(*) from pg_locks where not granted and relation = 't'::regclass"
     with psycopg.connect(db.dsn) as long, psycopg.connect(db.dsn, autocommit=True) as other:
         long.execute("insert into t values ('long')")
+        # The lock_timeout of migrate is a fraction of it; without one it would wait for the long writer.
+        other.execute("set statement_timeout = '5s'")
         with migrating_aside(db.dsn, [rows_of("t")]) as busy:
-            longest = 0.0
             for round_ in range(4):
                 # The worst moment for a writer: migrate has just queued for its lock.
                 wait_until(lambda: db.one(asks) == 1)
-                started = time.monotonic()
                 other.execute("insert into t values (%s)", (str(round_),))
-                longest = max(longest, time.monotonic() - started)
                 wait_until(lambda: db.one(asks) == 0)
             assert busy()
             long.commit()
-        assert longest < 0.3 + 0.2  # lock_timeout, and what a loaded machine adds
     assert captured_tables(db) == {"t"}
 
 

@@ -112,7 +112,7 @@ def test_what_convex_refuses_or_cannot_be_reached_for_is_an_error(
     with pytest.raises(SyncError, match="CONVEX_DEPLOY_KEY does not belong"):
         sync_activity(user, "check-in", "x", NOON)
     monkeypatch.setenv("CONVEX_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("CDC_SYNC_SECONDS", "0.3")
+    monkeypatch.setenv("CDC_SYNC_SECONDS", "20")
     with pytest.raises(SyncError, match="no connection"):
         sync_user_status(user, next_due=NOON)
 
@@ -145,7 +145,7 @@ def test_the_end_of_python_is_an_error_of_the_call() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=30,
+        timeout=60,
     )
     assert done.stdout.startswith("activities:addActivity: cannot schedule new futures"), done.stderr
 
@@ -229,12 +229,12 @@ def test_the_deadline_holds_against_a_server_that_is_silent(monkeypatch: pytest.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("CONVEX_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("CONVEX_DEPLOY_KEY", "key")
-        monkeypatch.setenv("CDC_CONVEX_TIMEOUT_SECONDS", "10")
+        monkeypatch.setenv("CDC_CONVEX_TIMEOUT_SECONDS", "60")
         monkeypatch.setenv("CDC_SYNC_SECONDS", "0.5")
         began = time.monotonic()
         with pytest.raises(SyncError, match="no answer in time"):
             sync_activity(user, "check-in", "x", NOON)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
 
 
 def test_a_thread_that_could_not_start_is_started_by_the_next_call(
@@ -246,7 +246,7 @@ def test_a_thread_that_could_not_start_is_started_by_the_next_call(
         with pytest.raises(RuntimeError, match="can't start"):
             sync_activity(user, "check-in", "x", NOON)
     later = background_loop.submit(sync._activity(user, "check-in", "x", NOON, None, None))
-    assert later.result(timeout=10) is not None
+    assert later.result(timeout=30) is not None
     background_loop._hang_up()
 
 
@@ -278,7 +278,7 @@ async def test_settings_that_change_leave_a_call_under_way_alone(
     mirrored: Mirrored, local_convex: LocalConvex, monkeypatch: pytest.MonkeyPatch, user: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as slow:
-        slow.settimeout(10)
+        slow.settimeout(30)
         monkeypatch.setenv("CONVEX_URL", f"http://127.0.0.1:{slow.getsockname()[1]}")
         under_way = asyncio.create_task(sync_activity_async(user, "check-in", "x", NOON))
         connection, _ = await asyncio.to_thread(slow.accept)
