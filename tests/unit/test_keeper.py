@@ -28,7 +28,7 @@ def alive(pid: int) -> bool:
     return True
 
 
-def soon(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def soon(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -37,13 +37,13 @@ def soon(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 
 def test_exit_code_and_output_are_the_program_s(tmp_path: Path) -> None:
     with python("import sys; print('said'); sys.exit(7)", tmp_path) as process:
-        assert process.first_line(10) == "said"
-        assert process.wait(10) == 7
+        assert process.first_line(30) == "said"
+        assert process.wait(30) == 7
 
 
 def test_a_program_that_is_not_there_says_so(tmp_path: Path) -> None:
     with Process([tmp_path / "nothing"], stdout=tmp_path / "out") as process:
-        assert process.wait(10) == 127
+        assert process.wait(30) == 127
         assert "cannot start" in process.tail()
 
 
@@ -52,7 +52,7 @@ def test_first_line_of_a_program_that_ends_early_shows_what_it_said(tmp_path: Pa
         Process([sys.executable, "-c", "1/0"], stdout=tmp_path / "out", stderr=tmp_path / "err") as process,
         pytest.raises(ProcessError, match="ZeroDivisionError"),
     ):
-        process.first_line(10)
+        process.first_line(30)
 
 
 def test_first_line_has_a_deadline(tmp_path: Path) -> None:
@@ -62,16 +62,16 @@ def test_first_line_has_a_deadline(tmp_path: Path) -> None:
 
 def test_signals_are_passed_on(tmp_path: Path) -> None:
     with python(SAY_PID_AND_SLEEP, tmp_path) as process:
-        process.first_line(10)
+        process.first_line(30)
         process.signal(signal.SIGKILL)
-        assert process.wait(10) == -signal.SIGKILL
+        assert process.wait(30) == -signal.SIGKILL
 
 
 def test_stop_ends_it_and_removes_the_folders(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     process = python(SAY_PID_AND_SLEEP, tmp_path, remove=[folder])
-    process.first_line(10)
+    process.first_line(30)
     assert process.stop() == -signal.SIGTERM
     assert not folder.exists()
     assert process.stop() == -signal.SIGTERM
@@ -80,7 +80,7 @@ def test_stop_ends_it_and_removes_the_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize("asleep", [False, True], ids=["deaf", "deaf and stopped"])
 def test_a_program_that_ignores_the_ladder_is_killed(tmp_path: Path, *, asleep: bool) -> None:
     process = python(DEAF, tmp_path, ladder=((signal.SIGTERM, 0.2),))
-    process.first_line(10)
+    process.first_line(30)
     if asleep:
         process.signal(signal.SIGSTOP)
     assert process.stop() == -signal.SIGKILL
@@ -88,7 +88,7 @@ def test_a_program_that_ignores_the_ladder_is_killed(tmp_path: Path, *, asleep: 
 
 def test_a_stopped_program_can_still_end_in_order(tmp_path: Path) -> None:
     process = python(SAY_PID_AND_SLEEP, tmp_path)
-    pid = process.first_line(10)
+    pid = process.first_line(30)
     process.signal(signal.SIGSTOP)
     soon(lambda: subprocess.check_output(["ps", "-o", "state=", "-p", pid]).startswith(b"T"))
     assert process.stop() == -signal.SIGTERM
@@ -97,7 +97,7 @@ def test_a_stopped_program_can_still_end_in_order(tmp_path: Path) -> None:
 def test_what_a_program_started_ends_with_it(tmp_path: Path) -> None:
     mother = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {DEAF!r}])"
     with python(mother, tmp_path) as process:
-        child = int(process.first_line(10))
+        child = int(process.first_line(30))
     soon(lambda: not alive(child))
 
 
