@@ -33,6 +33,8 @@ from dev.processes import Ladder, Process, ProcessError, unprivileged
 
 Mode = Literal["smart", "fast", "immediate", "kill"]
 
+_PORTS_OF_CONNECTIONS: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
 __all__ = [
     "APPLICATION",
     "Flavour",
@@ -335,7 +337,20 @@ def _ended(process: Process) -> None:
 
 
 def free_port() -> int:
-    """A port that is free on the loopback address now. Somebody may take it before its server does: then try again."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that is free on the loopback address now. Somebody may take it before its server does: then try again.
+
+    None of those that connections are given: one of them may be somebody's when a server comes back to its port, even
+    of a client that tried to reach it there meanwhile.
+    """
+    while True:
+        port = secrets.choice(range(10_000, _first_port_of_connections()))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def _first_port_of_connections() -> int:
+    try:
+        return max(int(_PORTS_OF_CONNECTIONS.read_text().split()[0]), 11_000)
+    except OSError:
+        return 32_768  # no Linux

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -91,6 +92,15 @@ def test_committed_rows_and_the_port_survive_every_restart(own_server: postgres.
     assert own_server.pid != before
     with psycopg.connect(dsn) as connection:
         assert connection.execute("select id from t").fetchone() == (1,)
+
+
+def test_a_port_is_none_that_a_connection_is_given() -> None:
+    """A server that is down finds it free when it comes back."""
+    ports = {postgres.free_port() for _ in range(100)}
+    assert len(ports) > 90
+    for port in ports:
+        with socket.create_server(("127.0.0.1", 0)) as given:
+            assert given.getsockname()[1] > port
 
 
 def test_settings_override(postgres_flavour: postgres.Flavour) -> None:
