@@ -8,5 +8,8 @@ export default defineConfig({
     include: ["tests/**/*.test.ts"],
     // One core less is the default, which on two of them is one.
     maxWorkers: "100%",
+    // A local Convex takes a second to start, and far longer beside other things.
+    testTimeout: 60_000,
+    hookTimeout: 60_000,
   },
 });
