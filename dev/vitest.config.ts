@@ -11,5 +11,6 @@ export default defineConfig({
     // A local Convex takes a second to start, and far longer beside other things.
     testTimeout: 60_000,
     hookTimeout: 60_000,
+    expect: { poll: { timeout: 30_000 } },
   },
 });
