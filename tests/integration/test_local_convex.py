@@ -94,6 +94,6 @@ def test_wrong_key_is_401(local_convex: LocalConvex, user: str) -> None:
 
 def test_websocket_client_is_told_of_changes(local_convex: LocalConvex, user: str) -> None:
     command = [sys.executable, "-c", WEBSOCKET_CLIENT, local_convex.url, local_convex.admin_key, user, token_of(user)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout) == {"seen": [0, 1], "same": True}

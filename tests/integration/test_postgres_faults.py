@@ -164,7 +164,7 @@ async def test_a_row_that_takes_too_long_is_parked_alone(
     user: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(border, "_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(border, "_GRACE_SECONDS", 1.0)
     slow = Mirror(
         name=f"slow-{user}",
         target="activity",
@@ -178,7 +178,7 @@ async def test_a_row_that_takes_too_long_is_parked_alone(
     )
     with Database(database, "create table work (id int primary key, takes float8)", [slow]) as db:
         db.execute("insert into work select n, case when n in (17, 48) then 5 else 0 end from generate_series(1, 64) n")
-        settings = quick_settings(database, local_convex, CDC_STATEMENT_SECONDS=0.2)
+        settings = quick_settings(database, local_convex, CDC_STATEMENT_SECONDS=0.5)
         async with worker_at_work(settings, [slow]) as running:
             await eventually(lambda: len(mirrored.keys(slow.name)), 62)
             await eventually(

@@ -17,7 +17,7 @@ from dev import postgres
 from dev.processes import unprivileged
 from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, check_in, renamed
 from tests.integration.mirrored import Mirrored, convex_at, eventually
-from tests.integration.running import Running, quick_settings, worker_at_work
+from tests.integration.running import SECONDS, Running, quick_settings, worker_at_work
 
 pytestmark = pytest.mark.one_postgres
 
@@ -79,7 +79,7 @@ AFTER: State = (["added later", "changed", "kept"], "L4", True)
 
 async def rescanned(running: Running, *, since: int) -> str:
     """The cause that the worker gave for looking at everything anew, after so many lines."""
-    deadline = asyncio.get_running_loop().time() + 10
+    deadline = asyncio.get_running_loop().time() + SECONDS
     while not (said := [line for line in running.log.lines[since:] if line["event"] == "session.rescan"]):
         assert asyncio.get_running_loop().time() < deadline, running.log.lines[since:]
         await asyncio.sleep(0.01)

@@ -185,13 +185,9 @@ async def test_what_was_acknowledged_is_not_read_again(db: Database, work: Work,
     db.execute("create table t (id int primary key)")
     db.migrate([mirror])
     db.execute("insert into t values (1)")
-    async with work([mirror]):
+    async with work([mirror]) as running:
         await eventually(lambda: mirrored.keys(mirror.name), ["1"])
-        left = """
-            select count(*) from cdc.backfill b join cdc.mirror m on m.id = b.mirror and m.configured
-            where phase <> 'done'
-        """
-        await eventually(lambda: db.one(left), 0)
+        await running.at_rest(db)
     async with work([mirror]) as running:
         db.execute("insert into t values (2)")
         await eventually(lambda: mirrored.keys(mirror.name), ["1", "2"])
@@ -232,7 +228,7 @@ async def test_convex_hangs_and_goes_on(
     mirrors: Sequence[Mirror], db: Database, fresh_convex: convex.LocalConvex, user: str
 ) -> None:
     mirrored = Mirrored(fresh_convex.url, fresh_convex.admin_key)
-    settings = quick_settings(db.dsn, fresh_convex, CDC_CONVEX_TIMEOUT_SECONDS=0.3)
+    settings = quick_settings(db.dsn, fresh_convex, CDC_CONVEX_TIMEOUT_SECONDS=1)
     async with worker_at_work(settings, mirrors) as running:
         await running.said("session.open")
         fresh_convex.process.signal(signal.SIGSTOP)
@@ -605,6 +601,7 @@ async def test_a_foreign_server_that_is_away_holds_up_no_other_mirror(
         await eventually(lambda: looks >= 3, True)
         db.execute("update away set is_away = false")
         await eventually(lambda: mirrored.descriptions(user), ["there"])
+        await running.said("mirror.mended")
         await running.stop()
         said = [event for event in running.log.events if event in {"session.open", "mirror.broken", "mirror.mended"}]
         assert said == ["session.open", "mirror.broken", "mirror.mended"]
@@ -653,6 +650,8 @@ async def test_memory_or_a_file_that_one_mirror_lacks_holds_up_no_other(
         await asyncio.sleep(1)  # it is looked at again and again
         db.execute("truncate failing")
         await eventually(lambda: len(mirrored.descriptions(user)), 2)
+        # Its keys are marked before it is said.
+        await running.said("mirror.mended")
         await running.stop()
         said = [event for event in running.log.events if event in {"session.open", "mirror.broken", "mirror.mended"}]
         assert said == ["session.open", "mirror.broken", "mirror.mended"]
@@ -666,7 +665,9 @@ async def test_memory_or_a_file_that_all_mirrors_lack_is_the_database_s(
         await eventually(lambda: running.log.events.count("backfill.done"), 2)
         check_in(db, user, "0")
         db.execute("""insert into "User" values (%s)""", f"{user}-0")
-        await eventually(lambda: len(mirrored.descriptions(user)), 1)
+        # Both are read, so that no page is left of which only one mirror fails.
+        await running.at_rest(db)
+        assert len(mirrored.descriptions(user)) == 1
         db.execute("insert into failing select t, %s, %s from unnest(array['CheckIn', 'User']) t", state, EITHER[state])
         check_in(db, user, "1")
         assert (await running.said("database.refuses"))["cause"] == EITHER[state]
