@@ -21,7 +21,7 @@ WORLDS: Final = 4
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 async def test_convex_converges_to_postgres(postgres_flavour: Flavour) -> None:
     first = FIRST[postgres_flavour]
     written = WRITTEN if postgres_flavour == next(iter(flavours())) else {}

@@ -30,7 +30,7 @@ _ORDINARY: Schedule = (
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 async def test_each_failpoint_is_passed_by_ordinary_work() -> None:
     with probed_functions() as functions:
         async with World(next(iter(flavours())), functions) as world:

@@ -9,7 +9,7 @@ FIRST = {"id_cursor": 8, "no_version": 5}
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutant", [each for each in MUTANTS if each.name in FIRST], ids=lambda mutant: mutant.name)
 def test_the_suite_notices(mutant: Mutant) -> None:
     assert tried(mutant, first=FIRST[mutant.name], jobs=1).seed is not None

@@ -73,7 +73,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(care, "_RESCAN_SECONDS", 0.01)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_the_worker_outlives_any_answer_and_loses_nothing(database: str, local_convex: convex.LocalConvex) -> None:
     mirrored = Mirrored(local_convex.url, local_convex.admin_key)
     heard: Counter[str] = Counter()

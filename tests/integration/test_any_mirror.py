@@ -82,7 +82,7 @@ GOOD = {
 }
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_it_has_a_plan_or_is_refused_by_its_name(database: str) -> None:
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute('create table t (id text, "T d" text, n int); create view v as select 1')

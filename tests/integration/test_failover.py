@@ -21,7 +21,7 @@ from tests.integration.crowd import change_some, check_in_often, documents, rows
 from tests.integration.mirrored import Mirrored, eventually
 from tests.integration.running import quick_settings, worker_at_work
 
-pytestmark = [pytest.mark.one_postgres, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.one_postgres, pytest.mark.timeout(400)]
 
 ROWS = 1_000
 # What is well takes less on a busy machine.

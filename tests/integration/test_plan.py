@@ -186,7 +186,7 @@ PLAIN = {
 }
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_an_activity_is_as_plain_python_makes_it(database: str, connection: psycopg.Connection[Any]) -> None:
     events = Events(connection, asyncio.run(plan_of(database, ACTIVITY)), "a")
 
@@ -217,7 +217,7 @@ def test_an_activity_is_as_plain_python_makes_it(database: str, connection: psyc
     holds()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_status_is_as_plain_python_makes_it(database: str, connection: psycopg.Connection[Any]) -> None:
     events = Events(connection, asyncio.run(plan_of(database, STATUS)), "s")
 
@@ -283,7 +283,7 @@ LIMITS = [
 ]
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_any_jsonb_comes_back_equal_or_says_why_it_cannot(database: str, connection: psycopg.Connection[Any]) -> None:
     """Whatever Postgres takes as jsonb, in its own words: no digit and no character of it is lost."""
     connection.execute("create table j (id text, meta jsonb)")
