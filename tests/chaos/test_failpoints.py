@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dev.chaos import world as worlds
 from dev.chaos.failpoints import POINTS, Failpoints, Point
 from dev.chaos.quick import CONSTANTS, make_quick
 from dev.chaos.schedule import Commit, Do, Rotate, Schedule, Settle, Start, Stop
@@ -31,7 +32,9 @@ _ORDINARY: Schedule = (
 
 @pytest.mark.chaos
 @pytest.mark.timeout(300)
-async def test_each_failpoint_is_passed_by_ordinary_work() -> None:
+async def test_each_failpoint_is_passed_by_ordinary_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    # All of it is done, however long it takes: a schedule goes on after a moment.
+    monkeypatch.setattr(worlds, "_SETTLE_SECONDS", 60.0)
     with probed_functions() as functions:
         async with World(next(iter(flavours())), functions) as world:
             await world.play(_ORDINARY)
