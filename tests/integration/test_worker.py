@@ -166,7 +166,7 @@ async def test_more_rows_than_a_page(db: Database, work: Work, mirrored: Mirrore
 
 
 async def test_only_the_last_of_many_changes_is_delivered(
-    db: Database, work: Work, mirrored: Mirrored, user: str
+    mirrors: Sequence[Mirror], db: Database, work: Work, mirrored: Mirrored, user: str
 ) -> None:
     check_in(db, user, "1", "0")
     with db.connection.transaction():
@@ -174,10 +174,12 @@ async def test_only_the_last_of_many_changes_is_delivered(
             db.execute("""update "CheckIn" set note = %s""", str(n))
     async with work() as running:
         await eventually(lambda: mirrored.descriptions(user), ["99"])
+        await running.at_rest(db)
         await running.stop()
-    # The first update changed nothing; the first start's own rescan may have marked the key once for its row, and once
-    # for its document.
-    assert db.one("select count(*) from cdc.outbox") in {100, 101, 102}
+    # The first update changed nothing; the first start's own rescan has marked the key once for its row, and once for
+    # its document if that was there by then. It has also marked what tests before have left of statuses.
+    rows = "select count(*) from cdc.outbox o join cdc.mirror m on m.id = o.mirror where m.name = %s"
+    assert db.one(rows, mirrors[0].name) in {101, 102}
 
 
 async def test_what_was_acknowledged_is_not_read_again(db: Database, work: Work, mirrored: Mirrored, user: str) -> None:
