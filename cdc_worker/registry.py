@@ -78,6 +78,12 @@ class Registry:
                 raise failure  # no mirror's query runs: it is the database
             state.breaks(cause(failure))
 
+    async def retry_if_mended(self, mirror_ids: Collection[int]) -> None:
+        """Keys of these mirrors have just been parked for their query: some while ago it was read to be broken."""
+        for mirror_id in mirror_ids:
+            if self.states[mirror_id].plan is not None:
+                await self._parking.retry_mirror(mirror_id)
+
     async def _try_plan(self, state: MirrorState, mirror: Mirror) -> psycopg.Error | None:
         """Returns what may be the query's fault, or the database's."""
         try:

@@ -15,6 +15,7 @@ from cdc_worker.liveness import Liveness
 from cdc_worker.outage import Outage
 from cdc_worker.pace import Pace
 from cdc_worker.parking import Parking
+from cdc_worker.registry import Registry
 
 log = structlog.get_logger()
 
@@ -33,6 +34,7 @@ class Sender:
         parking: Parking,
         outage: Outage,
         *,
+        registry: Registry,
         epoch: int,
         pace: Pace,
         batch_bytes: int,
@@ -44,6 +46,7 @@ class Sender:
         self._functions = functions
         self._lanes = lanes
         self._parking = parking
+        self._registry = registry
         self._outage = outage
         self._epoch = epoch
         self._pace = pace
@@ -86,6 +89,10 @@ class Sender:
         if unfit:
             self._tally["parked"] += len(unfit)
             await self._parking.park(unfit)
+            # Convex may have been away since they were read.
+            await self._registry.retry_if_mended(
+                {mirror for (mirror, _), (kind, _) in unfit.items() if kind == "mirror"}
+            )
         await self._deliver([event for event in events if event.problem is None])
         self._under_way -= 1
         self._lanes.settle(events)

@@ -175,6 +175,7 @@ class Session:
             self._lanes,
             self._parking,
             self._outage,
+            registry=self._registry,
             epoch=epoch,
             pace=pace,
             batch_bytes=self._settings.batch_bytes,

@@ -483,6 +483,31 @@ async def test_a_query_that_breaks_parks_its_keys_and_comes_back(
         assert len(running.log.of("mirror.broken")) == 1
 
 
+async def test_a_key_that_is_parked_after_its_mirror_was_mended_is_read_anew(
+    mirrors: Sequence[Mirror], db: Database, local_convex: convex.LocalConvex, mirrored: Mirrored, user: str
+) -> None:
+    """While Convex is away, what was read of a broken mirror waits in memory, and nobody else knows of it."""
+    async with Interposed(local_convex) as between:
+        settings = quick_settings(db.dsn, between.convex, CDC_IN_FLIGHT=1)
+        async with worker_at_work(settings, mirrors) as running:
+            await running.said("backfill.done", times=2)
+            await running.at_rest(db)
+            away = asyncio.Event()
+            between.fault = held_until(away)
+            check_in(db, user, "1", "under way")
+            await eventually(lambda: between.open, 1)
+            await asyncio.to_thread(db.execute, """alter table "CheckIn" rename column note to remark""")
+            check_in(db, user, "2", "while broken")
+            await running.said("mirror.broken")
+            await asyncio.to_thread(db.execute, """alter table "CheckIn" rename column remark to note""")
+            await running.said("mirror.mended")
+            between.fault = None
+            away.set()
+            await eventually(lambda: mirrored.descriptions(user), ["under way", "while broken"])
+            await running.at_rest(db)
+            assert db.one("select count(*) from cdc.parked_key") == 0
+
+
 async def test_keys_of_a_broken_mirror_are_not_said_with_each_write(
     db: Database, work: Work, user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
