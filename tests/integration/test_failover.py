@@ -136,8 +136,12 @@ async def test_the_address_leads_to_a_promoted_standby(
                 assert documents(mirrored, user, ROWS) == rows(after)
             await running.stop()
             # One outage, said once for each way in which it showed.
-            troubles = [event for event in running.log.events if event.startswith("database.")]
-            assert troubles == ["database.unreachable", "database.not_ready", "database.recovered"]
+            troubles = [line for line in running.log.lines if line["event"].startswith("database.")]
+            events = [line["event"] for line in troubles]
+            if "database.refuses" in events:
+                # A session that is still at work has met the standby before it was ended.
+                events.remove("database.refuses")
+            assert events == ["database.unreachable", "database.not_ready", "database.recovered"], troubles
 
 
 async def test_a_standby_that_lagged_is_what_counts(
