@@ -15,7 +15,7 @@ from dev.postgres import free_port
 from dev.postgres_programs import new_folder
 from dev.processes import Process, unprivileged
 
-START_SECONDS: Final = 10.0
+START_SECONDS: Final = 30.0
 
 
 class PgBouncerError(Exception):

@@ -10,7 +10,7 @@ from dev import local_convex as convex
 
 
 def test_it_says_where_it_is(local_convex: convex.LocalConvex) -> None:
-    with urllib.request.urlopen(f"{local_convex.url}/version", timeout=5) as answer:
+    with urllib.request.urlopen(f"{local_convex.url}/version", timeout=30) as answer:
         assert answer.status == 200
     assert "|" in local_convex.admin_key
 
@@ -30,5 +30,5 @@ def test_anyone_may_read_unless_told_otherwise(fresh_convex: convex.LocalConvex)
     request = urllib.request.Request(
         f"{fresh_convex.url}/api/query", body.encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=5) as answer:
+    with urllib.request.urlopen(request, timeout=30) as answer:
         assert json.load(answer)["value"] is None
