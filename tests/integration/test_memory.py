@@ -18,6 +18,7 @@ from tests.integration.running import Child, child, environment, quick_settings,
 
 pytestmark = [
     pytest.mark.one_postgres,
+    pytest.mark.timeout(400),
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc"),
 ]
 
