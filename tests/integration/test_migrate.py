@@ -624,6 +624,20 @@ def test_a_schema_of_that_name_that_is_somebody_else_s_is_refused(db: Database, 
         db.migrate([rows_of("t")])
 
 
+def test_a_schema_without_its_rows_is_told_how_to_go_with_its_triggers(db: Database) -> None:
+    """What `pg_dump --schema-only` makes of a database. To rename the schema would make each write fail."""
+    db.execute(T)
+    db.migrate([rows_of("t")])
+    db.execute("truncate cdc.migration, cdc.mirror, cdc.checkpoint, cdc.rotation, cdc.backfill, cdc.parked_key")
+    with pytest.raises(SchemaError, match=r"without its rows.*`drop schema cdc cascade`"):
+        db.migrate([rows_of("t")])
+    db.execute("insert into t values ('written meanwhile')")
+    db.execute("drop schema cdc cascade")
+    db.migrate([rows_of("t")])
+    db.execute("insert into t values ('a')")
+    assert db.captured() == ["a"]
+
+
 def test_a_role_that_may_not_call_what_capture_calls_is_told_so(db: Database, postgres_server: postgres.Server) -> None:
     db.execute(T)
     with postgres_server.admin(db.dsn.rpartition("/")[2]) as superuser:
