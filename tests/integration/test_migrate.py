@@ -81,6 +81,15 @@ def test_a_mirror_s_number_is_used_up_by_a_new_mirror_only(db: Database) -> None
     assert db.execute("select id, name from cdc.mirror order by id") == [(1, "rows"), (2, "another")]
 
 
+def test_a_new_mirror_has_a_number_where_the_sequence_stayed_behind(db: Database) -> None:
+    """As logical replication leaves it."""
+    db.execute(T)
+    db.migrate([rows_of("t"), rows_of("t", name="another")])
+    db.execute("alter sequence cdc.mirror_id_seq restart")
+    db.migrate([rows_of("t"), rows_of("t", name="another"), rows_of("t", name="third")])
+    assert db.execute("select id, name from cdc.mirror order by id") == [(1, "rows"), (2, "another"), (3, "third")]
+
+
 def test_several_at_the_same_time(db: Database) -> None:
     db.execute(TABLES)
 
