@@ -1,6 +1,7 @@
 """The commands. `cdc-worker --help` teaches; what a command does is in the module of its name."""
 
 import asyncio
+import io
 import os
 import signal
 import sys
@@ -312,6 +313,8 @@ async def _with_database(settings: Settings, work: Callable[[Database], Awaitabl
 
 def main() -> None:
     """The entry point: what is expected to go wrong is one line, and exit status 2 (settings) or 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a key may have what the terminal lacks
     try:
         for number, word in enumerate(sys.argv):
             if not _is_utf8(word):

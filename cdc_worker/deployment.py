@@ -104,8 +104,8 @@ class Deployment:
             async with self._session.post(f"{self._url}/api/{kind}", data=data, allow_redirects=False) as response:
                 text = await _body(response)
                 status = response.status
-        except aiohttp.InvalidURL:
-            # CONVEX_URL has been checked.
+        except (aiohttp.InvalidURL, UnicodeError):
+            # CONVEX_URL has been checked. A host that can be no name, or a password that no header can hold.
             raise Misconfigured("HTTPS_PROXY (or HTTP_PROXY) is no address: give http://host:port") from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Transient(_why(error, self._url)) from None

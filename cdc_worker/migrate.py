@@ -37,6 +37,10 @@ where not has_function_privilege(name, 'execute')
 _REGISTER = """
 insert into cdc.mirror (name, definition) select $1, '' where not exists (select from cdc.mirror where name = $1)
 """
+# Logical replication, by which a database is moved to another server, takes the rows along, and no sequence.
+_CATCH_UP = """
+select setval('cdc.mirror_id_seq', max(id)) from cdc.mirror having max(id) > (select last_value from cdc.mirror_id_seq)
+"""
 _REGISTERED = "select id, name, definition from cdc.mirror"
 _CONFIGURE = "update cdc.mirror set definition = $2, target = $3, configured = true where id = $1"
 _HAS_MIRRORS = "select to_regclass('cdc.mirror') is not null"
@@ -122,6 +126,7 @@ async def _check_targets(connection: Connection, mirrors: Sequence[Mirror]) -> N
 
 
 async def _register(connection: Connection, mirrors: Sequence[Mirror]) -> dict[str, int]:
+    await connection.execute(_CATCH_UP)
     for mirror in mirrors:
         await connection.execute(_REGISTER, (mirror.name,))
     return {name: number for number, name, _ in await fetch(connection, _REGISTERED)}

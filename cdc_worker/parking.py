@@ -121,7 +121,12 @@ class Parking:
         keys = [key for _, key in reasons]
         classes = [kind for kind, _ in reasons.values()]
         texts = [reason.replace("\x00", "") for _, reason in reasons.values()]
-        parked = await self._database.execute(_PARK, *self._lease, mirrors, keys, classes, texts)
+        try:
+            parked = await self._database.execute(_PARK, *self._lease, mirrors, keys, classes, texts)
+        except psycopg.errors.UntranslatableCharacter:
+            # Convex' words may have what the database's encoding (LATIN1) lacks; keys are from the database itself.
+            texts = [text.encode("ascii", "backslashreplace").decode() for text in texts]
+            parked = await self._database.execute(_PARK, *self._lease, mirrors, keys, classes, texts)
         if not parked:
             raise Fenced(f"shard {self._shard} has another reader now")
         names: dict[int, str] = {mirror: name for mirror, name, _ in parked}

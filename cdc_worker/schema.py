@@ -26,6 +26,12 @@ _TAKEN = (
     "{}: this database has a schema cdc that is not the worker's, and the worker needs that name for its own:"
     " rename the other one (`alter schema cdc rename to ...`)"
 )
+# To rename that one, or to take its tables away singly, would make each write fail whose trigger looks for them.
+_WITHOUT_ROWS = (
+    "this database has the worker's schema cdc without its rows, as a dump of the schema alone leaves it: drop it"
+    " (`drop schema cdc cascade`, which takes the triggers with it), and run `cdc-worker migrate` again"
+)
+_HAS_LOG = "select to_regclass('cdc.migration') is not null and to_regclass('cdc.dirty_key') is not null"
 _APPLIED = "select number, checksum from cdc.migration order by number"
 # Each holds the schema cdc, too.
 _PUBLICATIONS = "select pubname from pg_publication where puballtables order by pubname"
@@ -54,12 +60,17 @@ def load_migrations() -> list[Migration]:
 
 
 async def apply_migrations(connection: Connection) -> None:
-    """Raises SchemaError for a database that is ahead of this worker, or has other migrations or another schema cdc."""
+    """Raises SchemaError for a database that is ahead of this worker, or has other migrations or another schema cdc, or
+    one without rows.
+    """
+    ((has_log,),) = await fetch(connection, _HAS_LOG)
     await connection.execute(_PREPARE)
     try:
         applied: dict[int, str] = dict(await fetch(connection, _APPLIED))
     except psycopg.errors.UndefinedColumn as error:
         raise SchemaError(_TAKEN.format(first_lines(error))) from None
+    if has_log and not applied:
+        raise SchemaError(_WITHOUT_ROWS)
     known = load_migrations()
     if applied and max(applied) > known[-1].number:
         raise SchemaError(

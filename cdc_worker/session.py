@@ -32,6 +32,10 @@ log = structlog.get_logger()
 
 # A checkpoint for each batch would cost a commit each; what is acknowledged and not yet noted is only delivered twice.
 _CHECKPOINT_SECONDS = 0.1
+# Between two there is this many times what the last one took, within bounds. A snapshot that somebody holds for hours
+# keeps every version of the checkpoint's row, and each further one has to pass them all.
+_CHECKPOINT_SHARE = 20
+_LONGEST_PAUSE_SECONDS = 2.0
 # The position of an idle shard moves on with each look. For rotation's sake it is saved now and then, too: once in this
 # number of heartbeats.
 _UNMOVED_HEARTBEATS = 2
@@ -245,15 +249,21 @@ class Session:
 
     async def _keep_checkpoint(self, reader: Reader) -> None:
         """After the verdicts, at a measured pace; and now and then of a position that moved on with nothing in it."""
+        due = 0.0
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.heartbeat_seconds * _UNMOVED_HEARTBEATS):
                     await self._settled.wait()
             self._settled.clear()
             reader.freed()
-            self._liveness.works(_CHECKPOINT)
-            await self._save(reader)
-            self._liveness.rests(_CHECKPOINT)
+            if (started := time.monotonic()) >= due:
+                self._liveness.works(_CHECKPOINT)
+                await self._save(reader)
+                self._liveness.rests(_CHECKPOINT)
+                ended = time.monotonic()
+                due = ended + min(_CHECKPOINT_SHARE * (ended - started), _LONGEST_PAUSE_SECONDS)
+            else:
+                self._settled.set()  # not noted yet
             await asyncio.sleep(_CHECKPOINT_SECONDS)
 
     async def _save(self, reader: Reader) -> None:

@@ -1,6 +1,7 @@
 """Settings from the environment: read once, checked here, frozen."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -56,6 +57,11 @@ def _conninfo(value: SecretStr) -> SecretStr:
     if not all(_may_be_looked_up(host) for host in hosts if not host.startswith("/")):  # the folder of a socket
         raise ValueError("is no connection string: its host can be no name")
     # The driver finds out when it connects, and that would be tried for ever.
+    ports = str(parameters.get("port", "")).split(",")
+    if not all(re.fullmatch(r"\s*([0-9]{1,5}\s*)?", port) and 0 < int(port.strip() or 1) < 65_536 for port in ports):
+        raise ValueError("is no connection string: its port can be none (a `/` in a password is written %2F)")
+    if not re.fullmatch(r"\s*-?[0-9]+\s*", str(parameters.get("connect_timeout", "0"))):
+        raise ValueError("has a connect_timeout that is no whole number of seconds")
     if parameters.get("sslmode") == "no-verify":
         raise ValueError(
             "has sslmode=no-verify, which only node-postgres knows: say sslmode=require, which is the same"
@@ -67,7 +73,19 @@ def _http_url(value: str) -> str:
     value = value.strip()
     parts = urlsplit(value)
     host = parts.hostname
-    if parts.scheme not in {"http", "https"} or not host or "@" in parts.netloc or not _may_be_looked_up(host):
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    # The names of functions are put behind it.
+    is_base = port != 0 and "?" not in value and "#" not in value
+    if (
+        parts.scheme not in {"http", "https"}
+        or not host
+        or "@" in parts.netloc
+        or not is_base
+        or not _may_be_looked_up(host)
+    ):
         raise ValueError("must be an address like https://happy-otter-123.convex.cloud")
     if parts.scheme == "http" and host.rstrip(".").endswith(".convex.cloud"):
         raise ValueError("must begin with https://: otherwise the deploy key travels in the clear")

@@ -28,7 +28,9 @@ with recursive source (mirror, oid) as (
     from unnest($1::int2[], $2::text[]) as given (mirror, name) where to_regclass(given.name) is not null
 ), family (mirror, oid) as (
     select mirror, oid from source
+    -- One that is being detached is shown no more, and may stay so for days: a `detach concurrently` that was cut off.
     union select family.mirror, i.inhrelid from pg_inherits i join family on i.inhparent = family.oid
+          where not i.inhdetachpending
 ), now_there as (
     select mirror, coalesce(array_agg(c.oid::int8 order by c.oid) filter (where c.relkind = 'r'), '{}') as tables,
            coalesce(array_agg(c.relfilenode::int8 order by c.oid) filter (where c.relkind = 'r'), '{}') as files

@@ -15,7 +15,7 @@ from dev import postgres
 from dev.local_convex import LocalConvex
 from tests.integration.application import CHECK_INS, MIRRORS, TABLES, Database, toml
 from tests.integration.mirrored import Mirrored, eventually
-from tests.integration.running import environment, quick_settings, run_command, worker_at_work
+from tests.integration.running import child, environment, quick_settings, run_command, worker_at_work
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -188,6 +188,17 @@ async def test_parked_keys_are_listed_retried_and_dropped(
         # The last of two began after it.
         assert (await running.said("worker.heartbeat", times=since + 2))["parked_keys"] == 0
         assert "Nothing is parked." in command("parked", "list").stdout
+
+
+@pytest.mark.one_postgres
+def test_a_key_may_have_what_the_terminal_lacks(db: Database, command: Command, tmp_path: Path) -> None:
+    db.execute(
+        "insert into cdc.parked_key select id, 'caf\u00e9 \u20ac', 'row', 'x' from cdc.mirror where name = 'status'"
+    )
+    env = environment(db.dsn, None, tmp_path / "cdc_worker.toml", PYTHONIOENCODING="ascii")
+    with child(tmp_path, env, "parked", "list") as listing:
+        assert listing.process.wait(30) == 0, listing.process.tail()
+        assert r"caf\xe9 \u20ac" in listing.process.stdout.read_text()
 
 
 @pytest.mark.one_postgres

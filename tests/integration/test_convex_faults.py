@@ -16,6 +16,7 @@ from cdc_worker.errors import Transient
 from cdc_worker.mirrors import Mirror
 from cdc_worker.replay import replay
 from dev import local_convex as convex
+from dev import postgres
 from tests.integration.application import CHECK_INS, STATUS, TABLES, Database, check_in, renamed
 from tests.integration.interposed import (
     Fault,
@@ -162,6 +163,35 @@ async def test_a_key_that_convex_alone_refuses_is_found_and_parked(  # fixtures
         db.execute("""delete from "CheckIn" where id = %s""", f"{user}-11")
         await eventually(lambda: mirrored.descriptions(user), sorted([*wanted, "note 3"]))
         await eventually(lambda: db.execute(parked), [])
+
+
+@pytest.fixture
+def latin(postgres_server: postgres.Server) -> Iterator[str]:
+    """The URL of a database whose encoding is LATIN1."""
+    with postgres_server.admin() as superuser:
+        superuser.execute("create database latin owner application encoding 'LATIN1' template template0")
+    try:
+        yield postgres_server.dsn("latin")
+    finally:
+        postgres.drop_database(postgres_server, "latin")
+
+
+async def test_a_reason_that_the_database_has_no_characters_for_is_kept_as_escapes(
+    latin: str, mirrors: Sequence[Mirror], between: Interposed, mirrored: Mirrored, user: str
+) -> None:
+    said = '{"status": "error", "errorMessage": "Server Error \u2192 no"}'
+    between.fault = refuses(b"poison", said=said)
+    with Database(latin, TABLES, mirrors) as db:
+        async with worker_at_work(quick_settings(latin, between.convex), mirrors):
+            check_in(db, user, "1", "poison")
+            check_in(db, user, "2", "caf\u00e9")
+            await eventually(lambda: mirrored.descriptions(user), ["caf\u00e9"])
+            await eventually(
+                lambda: db.execute("select key, reason from cdc.parked_key"),
+                [(f"{user}-1", r"Server Error \u2192 no")],
+            )
+            check_in(db, user, "3", "after")
+            await eventually(lambda: mirrored.descriptions(user), ["after", "caf\u00e9"])
 
 
 async def test_keys_that_convex_refuses_one_by_one_are_not_said_one_by_one(

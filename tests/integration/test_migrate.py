@@ -81,6 +81,15 @@ def test_a_mirror_s_number_is_used_up_by_a_new_mirror_only(db: Database) -> None
     assert db.execute("select id, name from cdc.mirror order by id") == [(1, "rows"), (2, "another")]
 
 
+def test_a_new_mirror_has_a_number_where_the_sequence_stayed_behind(db: Database) -> None:
+    """As logical replication leaves it."""
+    db.execute(T)
+    db.migrate([rows_of("t"), rows_of("t", name="another")])
+    db.execute("alter sequence cdc.mirror_id_seq restart")
+    db.migrate([rows_of("t"), rows_of("t", name="another"), rows_of("t", name="third")])
+    assert db.execute("select id, name from cdc.mirror order by id") == [(1, "rows"), (2, "another"), (3, "third")]
+
+
 def test_several_at_the_same_time(db: Database) -> None:
     db.execute(TABLES)
 
@@ -622,6 +631,20 @@ def test_a_schema_of_that_name_that_is_somebody_else_s_is_refused(db: Database, 
     db.execute(f"{T}; create schema cdc; {theirs}")
     with pytest.raises(SchemaError, match="a schema cdc that is not the worker's"):
         db.migrate([rows_of("t")])
+
+
+def test_a_schema_without_its_rows_is_told_how_to_go_with_its_triggers(db: Database) -> None:
+    """What `pg_dump --schema-only` makes of a database. To rename the schema would make each write fail."""
+    db.execute(T)
+    db.migrate([rows_of("t")])
+    db.execute("truncate cdc.migration, cdc.mirror, cdc.checkpoint, cdc.rotation, cdc.backfill, cdc.parked_key")
+    with pytest.raises(SchemaError, match=r"without its rows.*`drop schema cdc cascade`"):
+        db.migrate([rows_of("t")])
+    db.execute("insert into t values ('written meanwhile')")
+    db.execute("drop schema cdc cascade")
+    db.migrate([rows_of("t")])
+    db.execute("insert into t values ('a')")
+    assert db.captured() == ["a"]
 
 
 def test_a_role_that_may_not_call_what_capture_calls_is_told_so(db: Database, postgres_server: postgres.Server) -> None:

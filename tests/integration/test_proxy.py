@@ -80,10 +80,12 @@ async def test_a_proxy_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch) ->
         Transient, match=r"^the host of the proxy that HTTPS_PROXY \(or HTTP_PROXY\) names is not found$"
     ):
         await call(f"https:{SOMEWHERE}")
-    monkeypatch.setenv("HTTPS_PROXY", "http://user:secret@proxy:port")
-    with pytest.raises(Misconfigured, match=r"^HTTPS_PROXY") as refused:
-        await call(f"https:{SOMEWHERE}")
-    assert "secret" not in str(refused.value)
+    async with refusing() as proxy:
+        for never in ("//user:secret@proxy:port", "//user:secret@proxy..example:1", f"//u:secret\u20ac@{proxy[7:]}"):
+            monkeypatch.setenv("HTTPS_PROXY", f"http:{never}")
+            with pytest.raises(Misconfigured, match=r"^HTTPS_PROXY") as refused:
+                await call(f"https:{SOMEWHERE}")
+            assert "secret" not in str(refused.value)
     monkeypatch.setenv("HTTPS_PROXY", "socks5://user:secret@proxy:1080")
     with pytest.raises(ConfigError, match=r"^HTTPS_PROXY has to be an http:// address") as unknown:
         await call(f"https:{SOMEWHERE}")

@@ -94,6 +94,24 @@ async def test_rows_that_go_with_their_partition(
     assert len(mirrored.keys(mirror.name)) == 3
 
 
+async def test_rows_go_with_a_partition_whose_detaching_was_cut_off(
+    db: Database, work: Work, mirrored: Mirrored, mirror: Mirror
+) -> None:
+    """Until somebody says `finalize`, it is neither shown by its parent nor a table of its own."""
+    async with work() as running:
+        await equal(mirrored, mirror, db)
+        await noted(db)
+        with psycopg.connect(db.dsn) as reader:
+            reader.execute("select from visit")
+            db.execute("set statement_timeout = '500ms'")
+            with pytest.raises(psycopg.errors.QueryCanceled):
+                db.execute("alter table visit detach partition visit_1 concurrently")
+        assert db.one("select count(*) from pg_inherits where inhdetachpending") == 1
+        await running.said("capture.tables_changed")
+        await equal(mirrored, mirror, db)
+        assert len(mirrored.keys(mirror.name)) == 3
+
+
 async def test_values_that_change_with_the_type_of_their_column(
     db: Database, work: Work, mirrored: Mirrored, mirror: Mirror
 ) -> None:

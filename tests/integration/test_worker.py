@@ -16,10 +16,11 @@ import psycopg
 import pytest
 
 from cdc_worker import backfill as rescans
-from cdc_worker import care, parking, registry, session, shards
+from cdc_worker import care, checkpoint, parking, registry, session, shards
 from cdc_worker.capture import CHANNEL
 from cdc_worker.catalog import check
 from cdc_worker.mirrors import Mirror, Source
+from cdc_worker.outbox import Position
 from cdc_worker.plan import Plan
 from cdc_worker.safe_json import restore
 from dev import local_convex as convex
@@ -198,6 +199,31 @@ async def test_what_was_acknowledged_is_not_read_again(db: Database, work: Work,
 
 
 # Convex is not there, or is another one.
+
+
+async def test_slow_checkpoints_are_rare(
+    db: Database, work: Work, mirrored: Mirrored, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they become while somebody holds a snapshot for hours."""
+    save, saves = checkpoint.Checkpoint.save, 0
+
+    async def slow_save(self: checkpoint.Checkpoint, position: Position) -> None:
+        nonlocal saves
+        saves += 1
+        await asyncio.sleep(0.05)
+        await save(self, position)
+
+    async with work() as running:
+        await running.said("backfill.done", times=2)
+        await running.at_rest()
+        monkeypatch.setattr(checkpoint.Checkpoint, "save", slow_save)
+        for n in range(60):
+            check_in(db, user, str(n), "note")
+            await asyncio.sleep(0.025)
+        assert saves <= 4, "one in a second"
+        await eventually(lambda: len(mirrored.descriptions(user)), 60)
+        noted = "select exists (select from cdc.outbox, cdc.checkpoint where not pg_visible_in_snapshot(xid, position))"
+        await eventually(lambda: db.one(noted), expected=False)
 
 
 async def test_convex_is_out_of_reach_at_the_start_and_later_and_comes_back_empty(

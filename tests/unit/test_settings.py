@@ -1,6 +1,7 @@
 """Settings: what is refused is named, with its bound and its value; secrets never are."""
 
 import os
+import re
 
 import pytest
 from hypothesis import example, given
@@ -128,9 +129,35 @@ def test_a_host_that_no_name_server_is_ever_asked_for_is_refused(monkeypatch: py
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("dsn", "said"),
+    [
+        # What is meant for a password with a slash.
+        ("postgres://u:s3cret/x@db.example:5432/d", "its port can be none (a `/` in a password is written %2F)"),
+        ("postgres://u@db.example:70000/d", "its port can be none"),
+        ("host=a,b port=5432,x", "its port can be none"),
+        ("postgres://u@db.example/d?connect_timeout=10s", "has a connect_timeout that is no whole number of seconds"),
+    ],
+)
+def test_what_the_driver_would_refuse_again_and_again_is_refused(
+    monkeypatch: pytest.MonkeyPatch, dsn: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        load(monkeypatch, DATABASE_URL=dsn)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rest", [":port", ":99999", ":0", "/?deployment=a", "/#a"])
+def test_an_address_that_no_function_s_name_can_follow_is_refused(monkeypatch: pytest.MonkeyPatch, rest: str) -> None:
+    with pytest.raises(ConfigError, match="CONVEX_URL: must be an address like"):
+        load(monkeypatch, CONVEX_URL=f"https://happy-otter-123.convex.cloud{rest}")
+
+
 def test_hosts_that_are_names_addresses_or_folders_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for host in ("db.example.", "a_b", "::1", "10.0.0.1", "/tmp/../run", ""):  # no file is made
         load(monkeypatch, DATABASE_URL=f"host='{host}' dbname=d")
+    for more in ("host=a,b port=5432,", "host=a port=' 5433 '", "host=a connect_timeout=-1"):
+        load(monkeypatch, DATABASE_URL=more)
     for host in ("häppy.example", "[::1]", "localhost:3210"):
         load(monkeypatch, CONVEX_URL=f"http://{host}")
 
