@@ -316,7 +316,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a key may have what the terminal lacks
     try:
-        for number, word in enumerate(sys.argv):
+        for number, word in enumerate(sys.argv[1:], start=1):
             if not _is_utf8(word):
                 raise ConfigError(f"word {number} of the command line is not UTF-8, as all names and keys are")
         app()

@@ -36,6 +36,8 @@ _MENDING_SECONDS = 15.0
 _RESCAN_SECONDS = 1.0
 # And at most one line in this time says that it asks.
 _RESCAN_REMINDER_SECONDS = 60.0
+# So long, and for two answers at least, one thing waits for Convex before other care comes first.
+_PATIENCE_SECONDS = 120.0
 # Tables without triggers are named again after this time: nothing else tells of the changes that are not seen.
 _MISSING_REMINDER_SECONDS = 300.0
 
@@ -79,8 +81,9 @@ class Care:
         self._gaps = Gaps([], [])
         # When the bare ones were said (monotonic).
         self._missing_said = -math.inf
-        # What Convex may have been told of saves without an answer: the same again, until there is one.
+        # What Convex is told of saves, perhaps without an answer, and its first answer: the same until all is noted.
         self._telling: int | None = None
+        self._heard: int | None = None
 
     async def note_rescans(self, mirror_ids: set[int]) -> None:
         """The log asks for rescans: noted in the database, so that the log's rows may be acknowledged."""
@@ -188,16 +191,17 @@ class Care:
         if saves == told:
             return
         self._telling = saves
-        before = await self._insist(lambda: self._functions.note_saves(self._epoch, saves))
-        self._telling = None
-        if before is None:
+        if self._heard is None:
+            self._heard = await self._insist(lambda: self._functions.note_saves(self._epoch, saves))
+        if self._heard is None:
             return  # another epoch: the next batch is told, too
         # A call that was repeated finds its own note.
-        if before not in {saves, told}:
+        if self._heard not in {saves, told}:
             reason = "the deployment was set back to an older state"
             log.warning("session.rescan", cause=reason, cure="none needed: every row and document is looked at again")
             await backfill.request_all(self._database, reason)
         await self._checkpoint.note_told(saves)
+        self._telling = self._heard = None
 
     async def _rescan(self, reader: Reader) -> None:
         plans = self._registry.plans
@@ -236,7 +240,7 @@ class Care:
     async def _insist(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Its outcome. Raises _OtherCareFirst if Convex is away for long."""
         try:
-            async with asyncio.timeout(_SELDOM_SECONDS):
+            async with asyncio.timeout(max(_PATIENCE_SECONDS, 2 * self._settings.convex_timeout_seconds)):
                 return await self._outage.insist(attempt)
         except TimeoutError:
             raise _OtherCareFirst from None

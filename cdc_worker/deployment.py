@@ -127,7 +127,7 @@ def _proxy(url: str) -> str | None:
     if not found:
         return f"http://{proxy}"
     if kind.lower() not in {"http", "https"}:
-        raise ConfigError(f"{parts.scheme.upper()}_PROXY has to be an http:// address: no other proxy is known here")
+        raise ConfigError(f"{parts.scheme.upper()}_PROXY has to be an http:// or https:// address")
     return proxy
 
 

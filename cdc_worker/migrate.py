@@ -39,7 +39,7 @@ insert into cdc.mirror (name, definition) select $1, '' where not exists (select
 """
 # Logical replication, by which a database is moved to another server, takes the rows along, and no sequence.
 _CATCH_UP = """
-select setval('cdc.mirror_id_seq', max(id)) from cdc.mirror having max(id) > (select last_value from cdc.mirror_id_seq)
+select setval('cdc.mirror_id_seq', max(id)) from cdc.mirror having max(id) >= (select last_value from cdc.mirror_id_seq)
 """
 _REGISTERED = "select id, name, definition from cdc.mirror"
 _CONFIGURE = "update cdc.mirror set definition = $2, target = $3, configured = true where id = $1"

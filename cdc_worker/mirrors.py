@@ -75,8 +75,8 @@ class Mirror(_Frozen):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# What a connection's first UPDATE of many rows plans grows with the square of them: 0.25 s with so many, 1.3 with
-# twice as many; beyond four times as many Postgres refuses it, and the application's write fails.
+# How often a table may be a source. The time in which a connection's first UPDATE is planned grows with the square:
+# 0.25 s for 100 times, 1.3 for 200; from 420 on Postgres refuses to, and the application's write fails.
 _MOST_FEEDS = 100
 
 
@@ -91,12 +91,12 @@ class _File(_Frozen):
         if sum(mirror.target == "status" for mirror in self.mirror) > 1:
             raise ValueError('there can be one mirror with target "status": join what it needs into one query')
         feeds = Counter(source.table for mirror in self.mirror for source in mirror.sources)
-        for table, times in feeds.most_common(1):
-            if times > _MOST_FEEDS:
-                raise ValueError(
-                    f"{table} is a source {times} times, and {_MOST_FEEDS} is the most, since each write to it pays for"
-                    " all of them: let one query yield what several do"
-                )
+        ((table, times),) = feeds.most_common(1)
+        if times > _MOST_FEEDS:
+            raise ValueError(
+                f"{table} is a source {times} times, and {_MOST_FEEDS} is the most, since each write to it pays for all"
+                " of them: let one query yield what several do"
+            )
         return self
 
 

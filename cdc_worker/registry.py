@@ -10,6 +10,7 @@ from cdc_worker.catalog import check
 from cdc_worker.database import Connection, Database
 from cdc_worker.errors import ConfigError, SchemaError
 from cdc_worker.mirrors import Mirror
+from cdc_worker.outbox import mark, ring
 from cdc_worker.parking import Parking
 from cdc_worker.plan import Plan
 from cdc_worker.postgres_errors import LOCKED, cause, first_lines, is_of_the_query, is_surely_gone, try_key
@@ -78,11 +79,17 @@ class Registry:
                 raise failure  # no mirror's query runs: it is the database
             state.breaks(cause(failure))
 
-    async def retry_if_mended(self, mirror_ids: Collection[int]) -> None:
-        """Keys of these mirrors have just been parked for their query: some while ago it was read to be broken."""
-        for mirror_id in mirror_ids:
-            if self.states[mirror_id].plan is not None:
-                await self._parking.retry_mirror(mirror_id)
+    async def note_parked(self, keys: Collection[tuple[int, str]]) -> None:
+        """These were read when their mirror was broken, and have just been parked for it: too late for its mending, if
+        Convex was away meanwhile. Then they are read anew.
+        """
+        late = [(mirror_id, key) for mirror_id, key in keys if self.states[mirror_id].plan is not None]
+        if not late:
+            return
+        async with self._database.transaction() as connection:
+            for mirror_id in {mirror_id for mirror_id, _ in late}:
+                await mark(connection, mirror_id, [key for of, key in late if of == mirror_id])
+        await ring(self._database)
 
     async def _try_plan(self, state: MirrorState, mirror: Mirror) -> psycopg.Error | None:
         """Returns what may be the query's fault, or the database's."""

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
 import structlog
 
@@ -15,13 +15,14 @@ from cdc_worker.liveness import Liveness
 from cdc_worker.outage import Outage
 from cdc_worker.pace import Pace
 from cdc_worker.parking import Parking
-from cdc_worker.registry import Registry
 
 log = structlog.get_logger()
 
 KEYS = "the outcome of a batch"
 # By verdict: keys since the last heartbeat.
 Tally = Counter[str]
+# Is told of keys, with their mirrors, that were parked since their mirror is broken.
+NoteParked = Callable[[Collection[tuple[int, str]]], Awaitable[None]]
 
 
 class Sender:
@@ -34,7 +35,7 @@ class Sender:
         parking: Parking,
         outage: Outage,
         *,
-        registry: Registry,
+        note_parked: NoteParked,
         epoch: int,
         pace: Pace,
         batch_bytes: int,
@@ -46,7 +47,7 @@ class Sender:
         self._functions = functions
         self._lanes = lanes
         self._parking = parking
-        self._registry = registry
+        self._note_parked = note_parked
         self._outage = outage
         self._epoch = epoch
         self._pace = pace
@@ -89,10 +90,7 @@ class Sender:
         if unfit:
             self._tally["parked"] += len(unfit)
             await self._parking.park(unfit)
-            # Convex may have been away since they were read.
-            await self._registry.retry_if_mended(
-                {mirror for (mirror, _), (kind, _) in unfit.items() if kind == "mirror"}
-            )
+            await self._note_parked([key for key, (kind, _) in unfit.items() if kind == "mirror"])
         await self._deliver([event for event in events if event.problem is None])
         self._under_way -= 1
         self._lanes.settle(events)

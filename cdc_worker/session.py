@@ -121,6 +121,8 @@ class Session:
 
     async def _open(self, stop: asyncio.Event, known: Known) -> Opened | None:
         """The opened shard, or None if a stop came first: Convex may be away for hours."""
+        if stop.is_set():
+            return None
         opening = asyncio.create_task(
             open_shard(self._database, self._checkpoint, self._functions, self._outage, held=self._held, known=known)
         )
@@ -179,7 +181,7 @@ class Session:
             self._lanes,
             self._parking,
             self._outage,
-            registry=self._registry,
+            note_parked=self._registry.note_parked,
             epoch=epoch,
             pace=pace,
             batch_bytes=self._settings.batch_bytes,

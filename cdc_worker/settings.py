@@ -59,7 +59,9 @@ def _conninfo(value: SecretStr) -> SecretStr:
     # The driver finds out when it connects, and that would be tried for ever.
     ports = str(parameters.get("port", "")).split(",")
     if not all(re.fullmatch(r"\s*([0-9]{1,5}\s*)?", port) and 0 < int(port.strip() or 1) < 65_536 for port in ports):
-        raise ValueError("is no connection string: its port can be none (a `/` in a password is written %2F)")
+        raise ValueError(
+            "is no connection string: its port is no number from 1 to 65535 (a `/` in a password is written %2F)"
+        )
     if not re.fullmatch(r"\s*-?[0-9]+\s*", str(parameters.get("connect_timeout", "0"))):
         raise ValueError("has a connect_timeout that is no whole number of seconds")
     if parameters.get("sslmode") == "no-verify":

@@ -35,8 +35,8 @@ log = structlog.get_logger()
 # If a session lasted so long, what ended it is a new trouble; if not, it is the old one still. With a larger number a
 # link that is cut now and then (a firewall, a balancer) would get the pauses of one that hardly works.
 _LASTING_SECONDS = 5.0
-# A stop that finds no session open has nothing to drain; a statement on its way may still end.
-_CUT_SHORT_SECONDS = 2.0
+# A stop that finds no session open has nothing to drain; its opening may still end, and it lets go.
+_CUT_SHORT_SECONDS = 3.0
 # Between two looks while there may be a shard to take over: how soon a dead worker is replaced.
 _STANDBY_SECONDS = 1.0
 # A session that has drained still notes how far it got, and lets go: each has its own deadline within this.

@@ -119,10 +119,10 @@ class Running:
             assert asyncio.get_running_loop().time() < deadline, self.log.lines[-5:]
             await asyncio.sleep(0.02)
 
-    async def stop(self) -> None:
+    async def stop(self, *, seconds: float = SECONDS) -> None:
         """In order. Fails if anything else ended the worker, or if it does not end."""
         self.worker.stop()
-        await asyncio.wait({self.task}, timeout=SECONDS)
+        await asyncio.wait({self.task}, timeout=seconds)
         assert self.task.done(), f"the worker does not stop: {self.log.lines[-3:]}"
         if (died := self.died_of()) is not None:
             raise AssertionError(f"the worker died of {died}")

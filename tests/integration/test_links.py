@@ -211,7 +211,7 @@ async def test_a_stop_over_a_deaf_link_ends_in_time(
             await eventually(db.gate_is_kept, expected=True)
         link.deaf()
         # The drain time (1 s), a vain attempt to note how far it got (2 s), to let go (1 s), to close the pool (1 s).
-        await running.stop()
+        await running.stop(seconds=15)
         if not busy:
             check_in_often(db, user, ROWS)
         change_some(db, user)
@@ -295,7 +295,7 @@ async def test_a_convex_that_takes_connections_and_never_answers(
         else:
             await running.said("lease.acquired")
             await eventually(lambda: link.connections, 1)
-        await running.stop()
+        await running.stop(seconds=15)
     assert db.one("select holder is null from cdc.checkpoint") is True
 
 

@@ -87,7 +87,7 @@ async def test_a_proxy_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch) ->
                 await call(f"https:{SOMEWHERE}")
             assert "secret" not in str(refused.value)
     monkeypatch.setenv("HTTPS_PROXY", "socks5://user:secret@proxy:1080")
-    with pytest.raises(ConfigError, match=r"^HTTPS_PROXY has to be an http:// address") as unknown:
+    with pytest.raises(ConfigError, match=r"^HTTPS_PROXY has to be an http:// or https:// address") as unknown:
         await call(f"https:{SOMEWHERE}")
     assert "secret" not in str(unknown.value)
     monkeypatch.setenv("CONVEX_URL", f"https:{SOMEWHERE}")

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from cdc_worker import backfill as rescans
-from cdc_worker import care, checkpoint, parking, registry, session, shards
+from cdc_worker import care, checkpoint, parking, reader, registry, session, shards
 from cdc_worker.capture import CHANNEL
 from cdc_worker.catalog import check
 from cdc_worker.mirrors import Mirror, Source
@@ -431,7 +431,9 @@ async def test_through_a_pooler_it_polls(
     local_convex: convex.LocalConvex,
     mirrored: Mirrored,
     user: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(reader, "_LOOKOUT_SECONDS", 300.0)  # a bell that never rings would be trusted as long
     async with worker_at_work(quick_settings(pooled_database, local_convex), mirrors) as running:
         opened = await running.said("session.open")
         assert opened["listen"] is False
@@ -439,7 +441,6 @@ async def test_through_a_pooler_it_polls(
         for n in range(1, 4):
             await asyncio.sleep(0.2)  # it has gone to rest
             check_in(db, user, str(n))
-            # Sooner than the 30 s for which a bell that never rings would be trusted.
             await eventually(lambda: len(mirrored.activities(user)), n)
     # No lock was left behind on a connection that the pooler lends to others.
     assert db.one("select count(*) from pg_locks where locktype = 'advisory' and granted") == 0
@@ -1184,11 +1185,11 @@ async def test_care_that_waits_for_convex_keeps_the_worker_from_no_other(
     monkeypatch: pytest.MonkeyPatch,
     phase: str,
 ) -> None:
-    for name, seconds in (("_SELDOM_SECONDS", 0.4), ("_MENDING_SECONDS", 0.2), ("_RESCAN_SECONDS", 0.05)):
-        monkeypatch.setattr(care, name, seconds)
+    for name in ("_PATIENCE_SECONDS", "_SELDOM_SECONDS", "_MENDING_SECONDS", "_RESCAN_SECONDS"):
+        monkeypatch.setattr(care, name, 0.2)
     async with (
         Interposed(fresh_convex) as between,
-        worker_at_work(quick_settings(db.dsn, between.convex), mirrors) as running,
+        worker_at_work(quick_settings(db.dsn, between.convex, CDC_CONVEX_TIMEOUT_SECONDS=1), mirrors) as running,
     ):
         await running.said("backfill.done", times=2)
         # It is done without an answer, and then nothing is done any more.
@@ -1200,7 +1201,7 @@ async def test_care_that_waits_for_convex_keeps_the_worker_from_no_other(
                 saves = db.one("select saves from cdc.checkpoint")
                 db.execute(f"create table moves_the_position_{n} (); notify {CHANNEL}")
                 await eventually(partial(db.one, "select saves > %s from cdc.checkpoint", saves), expected=True)
-            await asyncio.sleep(1)  # now it waits for Convex
+            await asyncio.sleep(2.5)  # it has waited for Convex, and does so again
         db.execute("""alter table "Alert" disable trigger user""")
         await running.said("capture.missing")
         db.execute("""alter table "Alert" enable trigger user""")
@@ -1334,24 +1335,29 @@ async def test_a_stop_while_a_shard_is_opened_lets_it_be_opened(
     """Otherwise Convex would have given an epoch that Postgres does not know, and the next worker look at all rows."""
     for module, name in ((session, "_OPENING_SECONDS"), (shards, "_CUT_SHORT_SECONDS")):
         monkeypatch.setattr(module, name, 10.0)
-    settings = quick_settings(db.dsn, fresh_convex, CDC_CONVEX_TIMEOUT_SECONDS=60)
-    async with worker_at_work(settings, mirrors) as running:
-        await running.said("session.open")
-    async with worker_at_work(settings, mirrors) as running:
-        fresh_convex.process.signal(signal.SIGSTOP)
-        await running.said("lease.acquired")
-        await asyncio.sleep(0.3)
-        stopping = asyncio.create_task(running.stop())
-        await asyncio.sleep(0.1)
-        fresh_convex.process.signal(signal.SIGCONT)
-        await stopping
-        assert "session.open" not in running.log.events
-    async with worker_at_work(settings, mirrors) as running:
-        await running.said("session.open")
-        assert "session.rescan" not in running.log.events
+    async with Interposed(fresh_convex) as between:
+        settings = quick_settings(db.dsn, between.convex, CDC_CONVEX_TIMEOUT_SECONDS=60)
+        async with worker_at_work(settings, mirrors) as running:
+            await running.said("session.open")
+        released = asyncio.Event()
+        between.fault = held_until(released)
+        async with worker_at_work(settings, mirrors) as running:
+            await eventually(lambda: between.open, 1)
+            stopping = asyncio.create_task(running.stop())
+            await asyncio.sleep(0.1)
+            released.set()
+            await stopping
+            assert "session.open" not in running.log.events
+        between.fault = None
+        async with worker_at_work(settings, mirrors) as running:
+            await running.said("session.open")
+            assert "session.rescan" not in running.log.events
 
 
-async def test_a_backfill_command_is_noticed_soon(db: Database, work: Work, mirrored: Mirrored, tmp_path: Path) -> None:
+async def test_a_backfill_command_is_noticed_soon(
+    db: Database, work: Work, mirrored: Mirrored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_LOOKOUT_SECONDS", 300.0)  # it does not look without being rung for
     mirror = rows_of("t", name=f"soon-{uuid.uuid4().hex[:8]}")
     db.execute("create table t (id text primary key)")
     db.migrate([mirror])
@@ -1366,5 +1372,4 @@ async def test_a_backfill_command_is_noticed_soon(db: Database, work: Work, mirr
         env = environment(db.dsn, None, tmp_path / "cdc_worker.toml")
         with child(tmp_path, env, "backfill", mirrors=[mirror]) as command:
             assert await asyncio.to_thread(command.process.wait, 60) == 0
-        # Sooner than the 30 s after which it looks without being rung for.
         await eventually(lambda: mirrored.keys(mirror.name), ["unseen"])
