@@ -112,7 +112,7 @@ def test_what_convex_refuses_or_cannot_be_reached_for_is_an_error(
     with pytest.raises(SyncError, match="CONVEX_DEPLOY_KEY does not belong"):
         sync_activity(user, "check-in", "x", NOON)
     monkeypatch.setenv("CONVEX_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("CDC_SYNC_SECONDS", "20")
+    monkeypatch.setenv("CDC_SYNC_SECONDS", "3")
     with pytest.raises(SyncError, match="no connection"):
         sync_user_status(user, next_due=NOON)
 

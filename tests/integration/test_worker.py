@@ -1189,7 +1189,7 @@ async def test_care_that_waits_for_convex_keeps_the_worker_from_no_other(
         monkeypatch.setattr(care, name, 0.2)
     async with (
         Interposed(fresh_convex) as between,
-        worker_at_work(quick_settings(db.dsn, between.convex, CDC_CONVEX_TIMEOUT_SECONDS=1), mirrors) as running,
+        worker_at_work(quick_settings(db.dsn, between.convex, CDC_CONVEX_TIMEOUT_SECONDS=0.5), mirrors) as running,
     ):
         await running.said("backfill.done", times=2)
         # It is done without an answer, and then nothing is done any more.
@@ -1201,7 +1201,7 @@ async def test_care_that_waits_for_convex_keeps_the_worker_from_no_other(
                 saves = db.one("select saves from cdc.checkpoint")
                 db.execute(f"create table moves_the_position_{n} (); notify {CHANNEL}")
                 await eventually(partial(db.one, "select saves > %s from cdc.checkpoint", saves), expected=True)
-            await asyncio.sleep(2.5)  # it has waited for Convex, and does so again
+            await asyncio.sleep(1.5)  # it has waited for Convex, and does so again
         db.execute("""alter table "Alert" disable trigger user""")
         await running.said("capture.missing")
         db.execute("""alter table "Alert" enable trigger user""")
