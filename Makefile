@@ -16,7 +16,7 @@ NODE_DONE := dev/node_modules/.node-done
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 NPM := npm --prefix dev --no-update-notifier
 # Tests of real servers wait more than they compute. ARGS="-n 0" has them one by one, as a debugger needs it.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
