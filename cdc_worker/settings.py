@@ -41,6 +41,11 @@ def _may_be_looked_up(host: str) -> bool:
     return True
 
 
+def _may_be_port(port: str) -> bool:
+    """None is the default one."""
+    return re.fullmatch(r"\s*([0-9]{1,5}\s*)?", port) is not None and 0 < int(port.strip() or 1) < 65_536
+
+
 def _conninfo(value: SecretStr) -> SecretStr:
     dsn = value.get_secret_value().strip()
     try:
@@ -57,8 +62,7 @@ def _conninfo(value: SecretStr) -> SecretStr:
     if not all(_may_be_looked_up(host) for host in hosts if not host.startswith("/")):  # the folder of a socket
         raise ValueError("is no connection string: its host can be no name")
     # The driver finds out when it connects, and that would be tried for ever.
-    ports = str(parameters.get("port", "")).split(",")
-    if not all(re.fullmatch(r"\s*([0-9]{1,5}\s*)?", port) and 0 < int(port.strip() or 1) < 65_536 for port in ports):
+    if not all(_may_be_port(port) for port in str(parameters.get("port", "")).split(",")):
         raise ValueError(
             "is no connection string: its port is no number from 1 to 65535 (a `/` in a password is written %2F)"
         )

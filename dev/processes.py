@@ -35,6 +35,11 @@ def unprivileged() -> tuple[int, int] | None:
     raise ProcessError("running as root, and there is neither a user `postgres` nor `nobody` to drop to")
 
 
+def stands_still(pid: str) -> bool:
+    """Whether SIGSTOP has reached the program: through the keeper it takes its way."""
+    return subprocess.check_output(["ps", "-o", "state=", "-p", pid]).startswith(b"T")
+
+
 class Process:
     """One running program. Leaving the `with` block stops it; so does our own death.
 

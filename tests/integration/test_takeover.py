@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from cdc_worker.mirrors import Mirror
 from cdc_worker.outbox import Shard
 from cdc_worker.parking import Parking
 from dev import local_convex as convex
+from dev.processes import stands_still
 from tests.integration.application import CHECK_INS, TABLES, Database, check_in, renamed
 from tests.integration.interposed import Interposed, held_until
 from tests.integration.mirrored import Mirrored, eventually
@@ -46,7 +46,7 @@ def stop(worker: Child) -> None:
     worker.process.signal(signal.SIGSTOP)
     pid = worker.said("worker.started")["holder"].split(":")[1]
     deadline = time.monotonic() + SECONDS
-    while not subprocess.check_output(["ps", "-o", "state=", "-p", pid]).startswith(b"T"):
+    while not stands_still(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dev.processes import Process, ProcessError
+from dev.processes import Process, ProcessError, stands_still
 
 SAY_PID_AND_SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SAY_PID_AND_SLEEP
@@ -90,7 +90,7 @@ def test_a_stopped_program_can_still_end_in_order(tmp_path: Path) -> None:
     process = python(SAY_PID_AND_SLEEP, tmp_path)
     pid = process.first_line(30)
     process.signal(signal.SIGSTOP)
-    soon(lambda: subprocess.check_output(["ps", "-o", "state=", "-p", pid]).startswith(b"T"))
+    soon(lambda: stands_still(pid))
     assert process.stop() == -signal.SIGTERM
 
 
